@@ -1,0 +1,70 @@
+"""Argument checks whose messages name the argument, what was given and what was expected."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+FLOATING = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+
+
+def describe(value: Any) -> str:
+    """Say briefly what ``value`` is, for an error message."""
+    if isinstance(value, Tensor):
+        dtype = str(value.dtype).removeprefix("torch.")
+        return f"a {dtype} tensor of shape {tuple(value.shape)} on {value.device}"
+    text = repr(value)
+    return f"{type(value).__name__} {text if len(text) <= 60 else text[:57] + '...'}"
+
+
+def fail(argument: str, given: Any, expected: str, kind: type[Exception] = ValueError) -> Exception:
+    """Build (not raise) the error for a bad argument."""
+    return kind(f"{argument}: expected {expected}, got {describe(given)}")
+
+
+def tensor(
+    argument: str,
+    value: Any,
+    *,
+    ndim: int | Sequence[int] | None = None,
+    dtypes: Sequence[torch.dtype] = FLOATING,
+) -> Tensor:
+    """Check that ``value`` is a tensor of one of ``dtypes`` with one of the allowed ranks."""
+    names = ", ".join(str(d).removeprefix("torch.") for d in dtypes)
+    if not isinstance(value, Tensor):
+        raise fail(argument, value, f"a tensor ({names})", TypeError)
+    if value.dtype not in dtypes:
+        raise fail(argument, value, f"dtype {names}", TypeError)
+    if ndim is not None:
+        allowed = (ndim,) if isinstance(ndim, int) else tuple(ndim)
+        if value.ndim not in allowed:
+            ranks = " or ".join(str(r) for r in allowed)
+            raise fail(argument, value, f"{ranks} dimensions")
+    return value
+
+
+def size(argument: str, value: Tensor, dim: int, expected: int, why: str) -> None:
+    """Check one extent of a tensor; ``why`` says what it has to agree with."""
+    if value.shape[dim] != expected:
+        raise fail(argument, value, f"size {expected} in dimension {dim} ({why})")
+
+
+def positive(argument: str, value: Any, *, allow_zero: bool = False) -> float:
+    """Check a finite positive (or non-negative) real number."""
+    try:
+        number = float(value)
+    except (TypeError, ValueError):
+        raise fail(argument, value, "a real number", TypeError) from None
+    if not (number >= 0 if allow_zero else number > 0) or number == float("inf"):
+        raise fail(argument, value, "a finite number " + (">= 0" if allow_zero else "> 0"))
+    return number
+
+
+def choice(argument: str, value: Any, allowed: Sequence[str]) -> str:
+    """Check that a string is one of a few."""
+    if value not in allowed:
+        raise fail(argument, value, "one of " + ", ".join(repr(a) for a in allowed))
+    return value
