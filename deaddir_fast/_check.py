@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Sequence
 from typing import Any
 
@@ -38,6 +39,8 @@ def tensor(
         raise fail(argument, value, f"a tensor ({names})", TypeError)
     if value.dtype not in dtypes:
         raise fail(argument, value, f"dtype {names}", TypeError)
+    if value.layout != torch.strided:
+        raise fail(argument, value, "a dense (strided) tensor", TypeError)
     if ndim is not None:
         allowed = (ndim,) if isinstance(ndim, int) else tuple(ndim)
         if value.ndim not in allowed:
@@ -63,8 +66,57 @@ def positive(argument: str, value: Any, *, allow_zero: bool = False) -> float:
     return number
 
 
+def real(argument: str, value: Any) -> float:
+    """Check a finite real number of either sign."""
+    try:
+        number = float(value)
+    except (TypeError, ValueError):
+        raise fail(argument, value, "a real number", TypeError) from None
+    if not (-float("inf") < number < float("inf")):
+        raise fail(argument, value, "a finite number")
+    return number
+
+
+def same_device(**tensors: Tensor | None) -> None:
+    """Check that all given tensors live on the device of the first one."""
+    first: tuple[str, torch.device] | None = None
+    for argument, value in tensors.items():
+        if value is None:
+            continue
+        if first is None:
+            first = (argument, value.device)
+        elif value.device != first[1]:
+            raise fail(argument, value, f"a tensor on {first[1]}, where {first[0]} is")
+
+
+def no_gradient(**tensors: Tensor | None) -> None:
+    """Refuse tensors that require grad where no gradient is defined."""
+    if not torch.is_grad_enabled():
+        return
+    for argument, value in tensors.items():
+        if value is not None and value.requires_grad:
+            raise RuntimeError(
+                f"{argument}: requires grad, but this operation defines no gradient; "
+                f"pass {argument}.detach() or call it under torch.no_grad()"
+            )
+
+
 def choice(argument: str, value: Any, allowed: Sequence[str]) -> str:
     """Check that a string is one of a few."""
     if value not in allowed:
         raise fail(argument, value, "one of " + ", ".join(repr(a) for a in allowed))
     return value
+
+
+def integer(argument: str, value: Any, minimum: int | None = None) -> int:
+    """Check a whole number (bool and float are refused), optionally with a lower bound."""
+    expected = "an integer" if minimum is None else f"an integer >= {minimum}"
+    if isinstance(value, bool):
+        raise fail(argument, value, expected, TypeError)
+    try:
+        number = operator.index(value)
+    except TypeError:
+        raise fail(argument, value, expected, TypeError) from None
+    if minimum is not None and number < minimum:
+        raise fail(argument, value, expected)
+    return number
