@@ -104,5 +104,3 @@ def select(mask: Tensor, a: Series, b: Series) -> Series:
             value = torch.where(mask, zero if x is None else x, zero if y is None else y)
             out.append(value.expand(shape))
     return Series(out)
-
-

@@ -19,7 +19,14 @@ from torch import Tensor, fx, nn
 from deaddir_fast import _check
 from deaddir_fast.nets import graph as capturing
 from deaddir_fast.nets.branches import Branches
-from deaddir_fast.nets.jet_rules import Context, propagate, uses_series
+from deaddir_fast.nets.jet_rules import (
+    RULES,
+    Context,
+    check_derivative,
+    propagate,
+    short_name,
+    uses_series,
+)
 from deaddir_fast.nets.series import Series
 
 aten = torch.ops.aten
@@ -106,7 +113,7 @@ class JetProgram:
         self.names = first.names
         self.parameters = first.parameters
         self._captures = {self.samples: first}
-        self._bytes: int | None = None
+        self._bytes = self._rehearse()
 
     def run(
         self,
@@ -145,15 +152,10 @@ class JetProgram:
             value = block.exact[0]
             assert value is not None, "the base value is never dropped"
             if out is None:
-                shape = (order + 1, count, self.samples, *value.shape[2:])
-                if value.shape[1] != block.samples.stop - block.samples.start:
-                    shape = (order + 1, count, *value.shape[1:])
-                out = value.new_zeros(shape)
-            whole = out.shape[2] != self.samples
-            at = slice(None) if whole else block.samples
+                out = value.new_zeros((order + 1, count, self.samples, *value.shape[2:]))
             for q, c in enumerate(block.exact):
                 if c is not None:
-                    out[q, block.curves, at] = c
+                    out[q, block.curves, block.samples] = c
             notes.update(dict.fromkeys(block.notes))
             for label, per_curve in block.kinks.items():
                 kinks[block.curves] += per_curve.cpu()
@@ -208,7 +210,7 @@ class JetProgram:
     ) -> Iterator[Block]:
         """Propagate in blocks of curves and samples; ``replicas`` perturbed copies of each."""
         count = next(iter(curves.values())).shape[1]
-        each = self._bytes_per_sample() * (order + 1) * _WORKSPACE * self.samples
+        each = self._bytes * (order + 1) * _WORKSPACE * self.samples
         some = max(1, min(count, int(memory / max(each, 1.0))))
         samples = self.samples
         if each > memory:
@@ -234,29 +236,37 @@ class JetProgram:
             self._captures[samples] = capturing.capture(self.model, inputs, names=self.names)
         return self._captures[samples]
 
-    def _bytes_per_sample(self) -> int:
-        """Largest number of bytes alive at once in one plain forward, per sample."""
-        if self._bytes is None:
-            program = self._captures[self.samples]
-            feed = iter([*program.parameters.values(), *program.bind(self.inputs)])
-            moving = _dependent(program)
-            env: dict[fx.Node, Any] = {}
-            alive = peak = 0
-            sizes: dict[fx.Node, int] = {}
-            with torch.no_grad():
-                for node in program.graph.nodes:
-                    if node.op == "output":
-                        break
-                    env[node] = _plain(program, node, env, feed)
-                    if node in moving and node.op == "call_function":
-                        sizes[node] = _size(env[node])
-                        alive += sizes[node]
-                        peak = max(peak, alive)
-                    for old in program.last_use[node]:
-                        alive -= sizes.pop(old, 0)
-                        del env[old]
-            self._bytes = max(1, peak // self.samples)
-        return self._bytes
+    def _rehearse(self) -> int:
+        """One plain forward: checks what has no rule, and returns the peak bytes per sample."""
+        program = self._captures[self.samples]
+        feed = iter([*program.parameters.values(), *program.bind(self.inputs)])
+        moving = _dependent(program)
+        env: dict[fx.Node, Any] = {}
+        alive = peak = 0
+        sizes: dict[fx.Node, int] = {}
+        with torch.no_grad():
+            for node in program.graph.nodes:
+                if node.op == "output":
+                    out = _result(node, env)
+                    if out.ndim == 0 or out.shape[0] != self.samples:
+                        given = tuple(out.shape)
+                        raise ValueError(
+                            f"model: expected outputs that lead with the {self.samples} samples, "
+                            f"got shape {given}"
+                        )
+                    break
+                env[node] = _plain(program, node, env, feed)
+                if node in moving and node.op == "call_function":
+                    if node.target not in RULES and node.target is not operator.getitem:
+                        args, kwargs = fx.node.map_arg((node.args, node.kwargs), env.__getitem__)
+                        check_derivative(node.target, args, kwargs)
+                    sizes[node] = _size(env[node])
+                    alive += sizes[node]
+                    peak = max(peak, alive)
+                for old in program.last_use[node]:
+                    alive -= sizes.pop(old, 0)
+                    del env[old]
+        return max(1, peak // self.samples)
 
     def _block(
         self,
@@ -311,9 +321,10 @@ class JetProgram:
         values = [curves[name][q] for name, q in keys]
         size = columns.stop - columns.start
         with torch.no_grad():
-            flat = list(torch.vmap(outputs, in_dims=(0,), randomness="same")(values)) if (
-                values
-            ) else [x.expand(size, *x.shape) for x in outputs(values)]
+            if values:
+                flat = list(torch.vmap(outputs, randomness="same")(values))
+            else:  # every curve stands still
+                flat = [x.expand(size, *x.shape) for x in outputs(values)]
         found: list[list[Tensor | None]] = []
         for present in layout:
             found.append([flat.pop(0) if here else None for here in present])
@@ -352,8 +363,13 @@ def _plain(program: capturing.Capture, node: fx.Node, env: dict[fx.Node, Any], f
         return next(feed)
     if node.op == "get_attr":
         return getattr(program.module, str(node.target))
-    args, kwargs = fx.node.map_arg((node.args, node.kwargs), lambda a: env[a])
+    args, kwargs = fx.node.map_arg((node.args, node.kwargs), env.__getitem__)
     return node.target(*args, **kwargs)  # type: ignore[operator]  # call_function: callable
+
+
+def _result(output: fx.Node, env: dict[fx.Node, Any]) -> Any:
+    value = fx.node.map_arg(output.args[0], env.__getitem__)
+    return value[0] if isinstance(value, (list, tuple)) else value
 
 
 def _propagate(
@@ -374,17 +390,16 @@ def _propagate(
     feed = iter([*starts, *inputs])
     for node in program.graph.nodes:
         if node.op == "output":
-            result = fx.node.map_arg(node.args[0], lambda a: env[a])
-            return result[0] if isinstance(result, (list, tuple)) else result
+            return _result(node, env)
         if node.op != "call_function":
             env[node] = _plain(program, node, env, feed)
             continue
-        args, kwargs = fx.node.map_arg((node.args, node.kwargs), lambda a: env[a])
+        args, kwargs = fx.node.map_arg((node.args, node.kwargs), env.__getitem__)
         if node.target is operator.getitem:
             env[node] = args[0][args[1]]
         elif uses_series(args, kwargs):
             context.node = node.name
-            context.label = f"{_name(node.target)} ({node.name})"
+            context.label = f"{short_name(node.target)} ({node.name})"
             env[node] = propagate(context, node.target, args, kwargs)
         else:
             env[node] = node.target(*args, **kwargs)
@@ -393,7 +408,3 @@ def _propagate(
         for old in program.last_use[node]:
             del env[old]
     raise RuntimeError("the captured graph has no output")
-
-
-def _name(target: Any) -> str:
-    return str(target).removeprefix("aten.").split(".")[0]

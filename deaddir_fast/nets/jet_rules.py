@@ -123,9 +123,7 @@ def _transpose(results: list[Any]) -> Any:
     """Coefficients of tuples to tuples of coefficients."""
     if isinstance(results[0], Tensor):
         return Series(results)
-    return [
-        Series([None if r is None else r[i] for r in results]) for i in range(len(results[0]))
-    ]
+    return [Series([None if r is None else r[i] for r in results]) for i in range(len(results[0]))]
 
 
 def _register_linear(op: Any, linear_args: tuple[int, ...]) -> None:
@@ -269,21 +267,18 @@ def _embedding(context: Context, weight: Series, index: Tensor, *rest: Any) -> S
 
 
 @rule(aten._trilinear.default)
-def _trilinear(context: Context, a: Any, b: Any, c: Any, *rest: Any) -> Series:
-    a, b, c = (context.series(x) for x in (a, b, c))
-    total = None
-    for q, x in enumerate(a.c):
-        if x is None:
-            continue
-        part = ts.bilinear(lambda y, z, x=x: aten._trilinear.default(x, y, z, *rest), b, c)
-        shifted = Series([torch.zeros_like(part.base) if q else part.base, *part.c[1:]])
-        if q:
-            shifted = Series(
-                [torch.zeros_like(part.base), *([None] * (q - 1)), *part.c[: context.order + 1 - q]]
-            )
-        total = shifted if total is None else ts.add(total, shifted)
-    assert total is not None
-    return total
+def _trilinear(
+    context: Context, a: Any, b: Any, c: Any, *expand_and_sum: list[int], unroll_dim: int = 1
+) -> Series:
+    *expand, total = expand_and_sum
+    factors = []
+    for x, dims in zip((a, b, c), expand, strict=True):
+        series = context.series(x)
+        for d in dims:
+            series = series.map(lambda v, d=d: v.unsqueeze(d))
+        factors.append(series)
+    product = ts.multiply(ts.multiply(factors[0], factors[1]), factors[2])
+    return product.map(lambda v: v.sum(total))
 
 
 @rule(aten.prod.default)
@@ -594,9 +589,7 @@ def _vector_norm(
     elif float(ord).is_integer() and ord > 0:
         powers, root = ts.power(_abs(context, x) if ord % 2 else x, ord), 1.0 / ord
     else:
-        return nested_jvp(
-            context, aten.linalg_vector_norm.default, (x, ord, dim, keepdim), {}
-        )
+        return nested_jvp(context, aten.linalg_vector_norm.default, (x, ord, dim, keepdim), {})
     total = powers.map(lambda c: c.sum(dims, keepdim=keepdim))
     return total if root == 1.0 else ts.flow_power(total, total.base.pow(root), root)
 
@@ -604,14 +597,48 @@ def _vector_norm(
 # --- everything else --------------------------------------------------------------------------
 
 
+def _at_base(op: Any) -> Rule:
+    """Operations whose result does not change along the curve: shapes, tests, fills."""
+
+    def apply(context: Context, *args: Any, **kwargs: Any) -> Any:
+        values = pytree.tree_map(
+            lambda x: x.base if _is_series(x) else x, (list(args), kwargs), is_leaf=_is_series
+        )
+        return op(*values[0], **values[1])
+
+    return apply
+
+
+for _op in (
+    aten.full_like.default, aten.zeros_like.default, aten.ones_like.default,
+    aten.empty_like.default, aten.new_zeros.default, aten.new_ones.default, aten.new_full.default,
+    aten.new_empty.default, aten.isnan.default, aten.isinf.default,
+):  # fmt: skip
+    RULES[_op] = _at_base(_op)
+
+
+def short_name(op: Any) -> str:
+    """``aten.special_i0.default`` -> ``special_i0``."""
+    return str(op).removeprefix("aten.").split(".")[0]
+
+
+def _floating(value: Any) -> bool:
+    return any(isinstance(x, Tensor) and x.is_floating_point() for x in pytree.tree_leaves(value))
+
+
 def nested_jvp(context: Context, op: Any, args: Any, kwargs: Any) -> Any:
     """Taylor coefficients of one operation by ``order`` nested forward derivatives.
 
-    Correct wherever torch has a forward derivative, at a cost of 2^order, and noted.
+    Correct wherever torch has a forward derivative (see :func:`check_derivative`), at a cost of
+    2^order, and noted. Results that are not floating-point are held at their base value, noted.
     """
-    name = str(op).removeprefix("aten.").removesuffix(".default")
-    context.notes[f"{name}: no Taylor rule, differentiated by nested jvp (cost 2^order)"] = None
+    name = short_name(op)
     leaves, spec = pytree.tree_flatten((list(args), kwargs), is_leaf=_is_series)
+    base = _at_base(op)(context, *args, **kwargs)
+    if not _floating(base):
+        context.notes[f"{name}: held at its value at the base point"] = None
+        return base
+    context.notes[f"{name}: no Taylor rule, differentiated by nested jvp (cost 2^order)"] = None
     first = next(x for x in leaves if _is_series(x))
     zero = torch.zeros((), dtype=first.base.dtype, device=first.base.device)
     one = torch.ones_like(zero)
@@ -627,9 +654,10 @@ def nested_jvp(context: Context, op: Any, args: Any, kwargs: Any) -> Any:
                 x = total
             values.append(x)
         filled = pytree.tree_unflatten(values, spec)
-        return op(*filled[0], **filled[1])
+        out = op(*filled[0], **filled[1])
+        return out if isinstance(out, Tensor) else tuple(out)
 
-    results = [along(zero)]
+    results = [base if isinstance(base, Tensor) else tuple(base)]
     derivative = along
     for q in range(1, context.order + 1):
 
@@ -639,13 +667,65 @@ def nested_jvp(context: Context, op: Any, args: Any, kwargs: Any) -> Any:
         try:
             value = derivative(zero)
         except (NotImplementedError, RuntimeError) as error:
-            raise NotImplementedError(
-                f"model: {name} has neither a Taylor rule nor a forward derivative in torch; "
-                "replace it by differentiable operations"
-            ) from error
+            raise no_derivative(op) from error
         scale = 1.0 / math.factorial(q)
         results.append(pytree.tree_map(lambda x, s=scale: x * s, value))
     return _transpose(results)
+
+
+def no_derivative(op: Any) -> NotImplementedError:
+    """The error for an operation that cannot be expanded."""
+    return NotImplementedError(
+        f"model: {short_name(op)} has neither a Taylor rule nor a forward derivative in torch; "
+        "replace it by differentiable operations"
+    )
+
+
+def check_derivative(op: Any, args: Any, kwargs: Any) -> None:
+    """Refuse an operation whose derivative torch silently takes for zero.
+
+    Some operations (``torch.special.bessel_j0`` in torch 2.13) have no derivative formula and
+    their forward derivative is zero without a word. Where the first or the second derivative
+    vanishes although a finite difference does not, there is no formula.
+
+    Raises:
+        NotImplementedError: naming the operation.
+    """
+    leaves, spec = pytree.tree_flatten((list(args), kwargs))
+    generator = torch.Generator().manual_seed(0)
+    moving = [i for i, x in enumerate(leaves) if isinstance(x, Tensor) and x.is_floating_point()]
+    tangents = {i: torch.randn(leaves[i].shape, generator=generator).to(leaves[i]) for i in moving}
+    if not moving:
+        return
+    start = leaves[moving[0]]
+    zero = torch.zeros((), dtype=start.dtype, device=start.device)
+
+    def value(t: Tensor) -> list[Tensor]:
+        filled = [x + t * tangents[i] if i in tangents else x for i, x in enumerate(leaves)]
+        args, kwargs = pytree.tree_unflatten(filled, spec)
+        out = op(*args, **kwargs)
+        return [x for x in pytree.tree_leaves(out) if x.is_floating_point()]
+
+    def slope(t: Tensor) -> list[Tensor]:
+        return torch.func.jvp(value, (t,), (torch.ones_like(t),))[1]
+
+    def curvature(t: Tensor) -> list[Tensor]:
+        return torch.func.jvp(slope, (t,), (torch.ones_like(t),))[1]
+
+    step = zero + 1e-2
+    try:
+        for function, derivative in ((value, slope), (slope, curvature)):
+            near = function(step)
+            here = function(zero)
+            change = any(
+                bool((a - b).abs().nan_to_num().max() > 1e-6 * b.abs().nan_to_num().max())
+                for a, b in zip(near, here, strict=True)
+                if a.numel()
+            )
+            if change and not any(bool(x.any()) for x in derivative(zero)):
+                raise no_derivative(op)
+    except (NotImplementedError, RuntimeError) as error:
+        raise no_derivative(op) from error
 
 
 def propagate(context: Context, op: Any, args: Any, kwargs: Any) -> Any:

@@ -332,7 +332,7 @@ def rsqrt(u: Series) -> Series:
 
 
 def softmax(u: Series, dim: int) -> Series:
-    """Softmax over ``dim``, shifted by the maximum of the base value; entries -inf have weight 0."""
+    """Softmax over ``dim``; entries of -inf have weight zero."""
     base = torch.softmax(u.base, dim)
     if u.base.shape[dim] == 0:
         return constant(base, u.order)
