@@ -1,0 +1,50 @@
+// Directional curvature of one layer: the Fisher quadratic form along full-rank directions.
+//
+//   out_p = mean_n ( sum_t g_nt^T U_p a_nt )^2        a (n, t, i), g (n, t, o), U (p, o, i)
+//
+// Bounds. Two exact forms differ in work:
+//   factorised   q_ntp = g_nt . (U_p a_nt), summed over t     2 n t p o i      FLOP
+//   contracted   M_n = sum_t g_nt a_nt^T, then <M_n, U_p>     2 n o i (t + p)  FLOP
+// so tokens are contracted first once both t and p exceed one or two. Bytes that must move are
+// the inputs once: b (n t (i + o) + p o i), b bytes an element. The intensity of the factorised
+// form without tokens is therefore about 2n/b FLOP per byte where U dominates: bound by memory
+// bandwidth below some tens of samples, by arithmetic above.
+//
+// Neither form writes an array of n p o elements. Without tokens the product U_p a lives in a
+// register tile and is multiplied by g there; with tokens a tile of M_n lives in the level-one or
+// level-two cache. Scratch is bounded by a constant plus a small multiple of n_pass p (a pass is
+// a bounded number of samples), never by the size of the problem.
+//
+// The result depends on shapes, values and instruction set, never on the number of threads:
+// arithmetic is cut into units by shape, each unit writes its own slot, slots are added in a
+// fixed order in fp64.
+#pragma once
+
+#include <cstdint>
+
+#include "array.h"
+
+namespace ddf {
+
+struct DirectionalCurvature {
+  Array a, g, U;                 // contiguous; any mix of types
+  double* out = nullptr;         // (p,), written whole
+  int64_t n = 0, t = 1, i = 0, o = 0, p = 0;
+  int threads = 1;
+};
+
+// Arithmetic is fp64 if any input is, else fp32 with fp64 sums over tiles, tokens and samples.
+// The mean over no samples is NaN; a sum over no tokens, inputs or outputs is 0.
+void directional_curvature(const DirectionalCurvature& args);
+
+namespace portable {
+void directional_curvature(const DirectionalCurvature& args);
+}
+namespace avx2 {
+void directional_curvature(const DirectionalCurvature& args);
+}
+namespace avx512 {
+void directional_curvature(const DirectionalCurvature& args);
+}
+
+}  // namespace ddf
