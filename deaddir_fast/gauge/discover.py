@@ -1,0 +1,266 @@
+"""Find the continuous symmetries of a model from the dataflow of its forward pass."""
+
+from __future__ import annotations
+
+import math
+import warnings
+from collections import defaultdict
+from collections.abc import Iterable
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, fx, nn
+
+from deaddir_fast import _check
+from deaddir_fast.gauge.base import Gauge
+from deaddir_fast.gauge.inputs import made_up
+from deaddir_fast.gauge.linear import GeneralLinear
+from deaddir_fast.gauge.rescaling import Rescaling, Slot
+from deaddir_fast.gauge.scaling import MOVES, SAME, Flow, aten, flow, operands
+from deaddir_fast.gauge.shift import ClassShift
+from deaddir_fast.gauge.shifting import translations
+from deaddir_fast.gauge.units import Term
+from deaddir_fast.gauge.verify import Verifier, at_rest
+from deaddir_fast.nets.graph import batch_size, capture, slice_batch
+
+_TRACED = 2  # samples the dataflow is followed on
+_CHECKED = 16  # samples every claim is checked on
+
+
+def find(model: nn.Module, inputs: Any = None) -> list[Gauge]:
+    """The continuous symmetries that the architecture has, each checked numerically.
+
+    The forward pass is captured as ATen operations, in evaluation mode. Every axis entry of
+    every parameter gets an unknown log scale; each operation says which sums of them must vanish
+    for it to commute; the exact null space of these equations is the group of all diagonal
+    symmetries the rules can see: per-unit rescaling through ReLU-like functions, convolutions,
+    pooling and flattening, gated units (up, down), the scales of normalisation layers into the
+    linear maps that follow, per-channel scales of a residual stream only where every reader and
+    writer takes part. Where units meet linear maps alone the group is the full GL(h) (deep
+    linear networks; per head for values and outputs, queries and keys). Bias shifts that later
+    biases or a softmax take back, and the shift of all class rows of the last linear map
+    (``likelihood="categorical"``), complete the list. Discrete symmetries are not gauges here.
+
+    A symmetry that mixes a scale with a shift (a convolution in front of an evaluation-mode batch
+    norm) is not searched for.
+
+    Args:
+        model: any module; left exactly as it is.
+        inputs: a tensor, a tuple (positional) or a dict (keyword arguments), samples leading;
+            made up from the first layer's shape if None. At most 16 samples are used.
+
+    Returns:
+        Gauges: rescalings and general linear groups first, then translations, then class shifts.
+        Each leaves the outputs unchanged at the model's parameters and at a random point nearby.
+        A claim that fails this is dropped with a ``UserWarning``.
+
+    Raises:
+        TypeError: ``model`` is not a module.
+        ValueError: no inputs were given and none can be made up.
+    """
+    if not isinstance(model, nn.Module):
+        raise _check.fail("model", model, "a torch.nn.Module", TypeError)
+    with at_rest(model):
+        if inputs is None:
+            inputs = made_up(model)
+        n = batch_size(inputs)
+        if not any(True for _ in model.parameters()) or n == 0:
+            return []
+        few = slice_batch(inputs, 0, min(n, _TRACED))
+        run = flow(capture(model, few), few)
+        names = dict(
+            zip(
+                (v for v in run.capture.graph.nodes if v.op == "placeholder"),
+                run.capture.names,
+                strict=False,
+            )
+        )
+        claims: list[tuple[Gauge, Gauge | None]] = [
+            *_diagonal(run),
+            *((g, None) for g in translations(run, names)),
+            *((g, None) for g in _class_shifts(run, names)),
+        ]
+        if not claims:
+            return []
+        verifier = Verifier(model, slice_batch(inputs, 0, min(n, _CHECKED)))
+        found = []
+        for claim, weaker in claims:
+            gauge = _accepted(verifier, claim, weaker)
+            if gauge is not None:
+                found.append(gauge)
+        return found
+
+
+def _accepted(verifier: Verifier, claim: Gauge, weaker: Gauge | None) -> Gauge | None:
+    if not verifier.moves(claim):
+        return None
+    reason = verifier.objection(claim)
+    if reason is None:
+        return claim
+    warnings.warn(f"{claim.name} ({claim.group}) dropped: {reason}", UserWarning, stacklevel=4)
+    return None if weaker is None else _accepted(verifier, weaker, None)
+
+
+def _modules(parameters: Iterable[str]) -> str:
+    return ", ".join(dict.fromkeys(p.rpartition(".")[0] or p for p in parameters))
+
+
+def _diagonal(run: Flow) -> list[tuple[Gauge, Gauge | None]]:
+    """Units that act alike, gathered into gauges; GL where nothing tells them apart."""
+    units = run.units
+    families: dict[tuple, dict[int, list[dict[int, int]]]] = defaultdict(lambda: defaultdict(list))
+    taken: dict[tuple, list[set[int]]] = defaultdict(list)
+    for vector in (_oriented(run, v) for basis in units.solve() for v in basis):
+        touched: dict[tuple[str, int, int], int] = defaultdict(int)
+        for v, exponent in vector.items():
+            touched[(units.parameter[v], units.axis[v], exponent)] += 1
+        positive = bool(units.positive[list(vector)].any())
+        label = int(np.sum(units.label[list(vector)], dtype=np.uint64))
+        key = (tuple(sorted(touched.items())), positive)
+        # Units of one gauge own different entries; the rare overlap opens another gauge.
+        layer = next((i for i, t in enumerate(taken[key]) if not t & set(vector)), None)
+        if layer is None:
+            layer = len(taken[key])
+            taken[key].append(set())
+        taken[key][layer] |= set(vector)
+        families[(*key, layer)][label].append(vector)
+    claims: list[tuple[Gauge, Gauge | None]] = []
+    for (_, positive, _), blocks in families.items():
+        by_size: dict[int, list[list[dict[int, int]]]] = defaultdict(list)
+        for members in blocks.values():
+            signs_only = all(abs(e) == 1 for e in members[0].values())
+            parts = [members] if signs_only and not positive else [[m] for m in members]
+            for part in parts:
+                by_size[len(part)].append(part)
+        for size, same in sorted(by_size.items()):
+            claims.append(_claim(run, same, size, positive))
+    order = {name: i for i, name in enumerate(run.capture.names)}
+    return sorted(claims, key=lambda c: order[c[0].parameters[0]])
+
+
+def _oriented(run: Flow, vector: dict[int, int]) -> dict[int, int]:
+    """Positive exponents for the parameters used first: they write the unit, the others read it."""
+    first = min(vector, key=lambda v: (run.first_use[run.units.parameter[v]], v))
+    return vector if vector[first] > 0 else {v: -e for v, e in vector.items()}
+
+
+def _claim(
+    run: Flow, blocks: list[list[dict[int, int]]], size: int, positive: bool
+) -> tuple[Gauge, Gauge | None]:
+    units, h = run.units, len(blocks) * size
+    entries: dict[tuple[str, int, int], list[list[int]]] = defaultdict(
+        lambda: [[] for _ in range(h)]
+    )
+    for j, vector in enumerate(u for block in blocks for u in block):
+        for v, exponent in vector.items():
+            slot = (units.parameter[v], units.axis[v], exponent)
+            entries[slot][j].append(units.index[v])
+    order = {name: i for i, name in enumerate(run.capture.names)}
+    slots = tuple(
+        Slot(
+            p,
+            axis,
+            torch.tensor([sorted(x) for x in at]),
+            run.capture.parameters[p].shape[axis] if run.capture.parameters[p].ndim else 1,
+            e,
+        )
+        for (p, axis, e), at in sorted(entries.items(), key=lambda s: (order[s[0][0]], s[0][1:]))
+    )
+    parameters = tuple(dict.fromkeys(s.parameter for s in slots))
+    writers = _modules(s.parameter for s in slots if s.exponent > 0)
+    readers = _modules(s.parameter for s in slots if s.exponent < 0)
+    field = "R_>0" if positive else "R^*"
+    rescaling = Rescaling(
+        name=f"rescaling: {writers} -> {readers}",
+        group=f"({field})^{h}",
+        parameters=parameters,
+        shape=(h,),
+        likelihood=None,
+        slots=slots,
+        positive=positive,
+    )
+    if size == 1:
+        return rescaling, None
+    count = f"^{len(blocks)}" if len(blocks) > 1 else ""
+    linear = GeneralLinear(
+        name=f"general linear: {writers} -> {readers}",
+        group=f"GL({size}){count}",
+        parameters=parameters,
+        shape=(len(blocks), size, size),
+        likelihood=None,
+        slots=slots,
+    )
+    return linear, rescaling
+
+
+def _class_shifts(run: Flow, names: dict[fx.Node, str]) -> list[Gauge]:
+    """The last linear maps: nothing but data movement and sums between them and the output."""
+    outputs = [n for n in run.capture.graph.nodes if n.op == "output"]
+    frontier = [a for n in outputs for a in n.all_input_nodes]
+    if not frontier or run.shape(frontier[0])[-1:] < (2,):
+        return []
+    classes = run.shape(frontier[0])[-1]
+    found: list[Gauge] = []
+    biases: list[str] = []
+    weights: list[tuple[str, int]] = []
+    while frontier:
+        node = frontier.pop()
+        if node.op != "call_function":
+            continue
+        if node.target is aten.add.Tensor and node.kwargs.get("alpha", 1) == 1:
+            for arg in operands(node):
+                if isinstance(arg, fx.Node):
+                    bias = _origin(run, arg, names, classes)
+                    if bias is not None and run.capture.parameters[bias[0]].ndim == 1:
+                        biases.append(bias[0])
+                    else:
+                        frontier.append(arg)
+        elif node.target in MOVES | SAME:
+            frontier.append(operands(node)[0])
+        elif node.target in (aten.mm.default, aten.addmm.default, aten.bmm.default):
+            if node.target is aten.addmm.default:
+                bias = _origin(run, operands(node)[0], names, classes)
+                biases += [bias[0]] if bias else []
+            map_of = _origin(run, operands(node)[-1], names, classes)
+            weights += [map_of] if map_of else []
+    for i, (weight, axis) in enumerate(weights):
+        # One number on all classes is one direction however many biases could carry it.
+        offset = biases[0] if biases and i == 0 else None
+        w = run.capture.parameters[weight]
+        features = math.prod(s for a, s in enumerate(w.shape) if a != axis)
+        dimension = features + (offset is not None)
+        found.append(
+            ClassShift(
+                name=f"class shift: {_modules([weight])}",
+                group=f"R^{dimension}",
+                parameters=(weight, offset) if offset is not None else (weight,),
+                shape=(dimension,),
+                likelihood="categorical",
+                weight=weight,
+                bias=offset,
+                class_axis=axis,
+            )
+        )
+    return found
+
+
+def _origin(
+    run: Flow, node: fx.Node, names: dict[fx.Node, str], classes: int
+) -> tuple[str, int] | None:
+    """The parameter, used nowhere else, whose whole axis runs along the last axis of ``node``."""
+    source = node
+    while source.op == "call_function" and source.target in MOVES | SAME:
+        if len(source.users) != 1:
+            return None
+        source = operands(source)[0]
+    if source not in names or len(source.users) != 1:
+        return None
+    ndim = len(run.shape(node))
+    last = [t for t in run.scale(node) if isinstance(t, Term) and t.support(ndim) == {ndim - 1}]
+    if len(last) != 1 or last[0].ids.size != classes:
+        return None
+    variables = last[0].ids.reshape(-1)
+    axis = run.units.axis[variables[0]]
+    parameter: Tensor = run.values[source]
+    return (names[source], axis) if parameter.shape[axis] == classes else None

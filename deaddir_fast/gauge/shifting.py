@@ -1,0 +1,414 @@
+"""How a shift of a bias passes through the forward pass, and which later bias takes it back.
+
+The same walk as for scales, for translations: each entry of each bias is a "unit" whose shift
+is followed through data movement and sums to the linear maps that read it. A unit survives when
+every reader has a bias of its own to absorb the shift, or when a softmax cannot see it.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections import defaultdict
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+from torch import fx
+
+from deaddir_fast.gauge.scaling import MOVES, SAME, Flow, move_ids, operands
+from deaddir_fast.gauge.shift import Reader, Translation
+from deaddir_fast.gauge.units import Term, compress
+
+aten = torch.ops.aten
+
+_ADD = {aten.add.Tensor, aten.sub.Tensor}
+_SAME = SAME - {aten.neg.default}
+# Averages over the trailing axes: how many.
+_AVERAGES: dict[Any, int] = {
+    aten.avg_pool1d.default: 1,
+    aten.avg_pool2d.default: 2,
+    aten.avg_pool3d.default: 3,
+    aten._adaptive_avg_pool2d.default: 2,
+    aten._adaptive_avg_pool3d.default: 3,
+}
+_MATMUL = {aten.mm.default, aten.addmm.default, aten.bmm.default}
+
+
+@dataclass
+class _Moved:
+    """Units that shift a tensor: ids (0 for none), broadcastable to its shape."""
+
+    ids: np.ndarray
+
+
+@dataclass
+class _Pending:
+    """Output of a linear map that read shifted units and has met no bias yet.
+
+    ``rows`` are the variables of the weight's output axis, arranged along the output; ``pairs``
+    the (unit, variable of the weight's input axis) that met in the sum.
+    """
+
+    rows: np.ndarray
+    pairs: frozenset[tuple[int, int]]
+
+
+@dataclass
+class _RowConstant:
+    """Attention scores moved by the same amount for all keys (the last axis)."""
+
+    units: frozenset[int]
+
+
+@dataclass
+class _Walk:
+    run: Flow
+    names: dict[fx.Node, str]
+    marks: dict[fx.Node, Any] = field(default_factory=dict)
+    failed: set[int] = field(default_factory=set)
+    # unit -> {(weight, in axis, out axis, bias, rows): input positions}
+    readers: dict[int, dict[tuple, list[int]]] = field(default_factory=lambda: defaultdict(dict))
+
+    def units_in(self, mark: Any) -> set[int]:
+        if isinstance(mark, list):
+            return set().union(*(self.units_in(m) for m in mark)) if mark else set()
+        if isinstance(mark, _Moved):
+            return set(np.unique(mark.ids).tolist()) - {0}
+        if isinstance(mark, _Pending):
+            return {u for u, _ in mark.pairs}
+        return set(mark.units) if isinstance(mark, _RowConstant) else set()
+
+    def fail(self, *args: Any) -> None:
+        for arg in args:
+            if isinstance(arg, fx.Node):
+                self.failed |= self.units_in(self.marks.get(arg))
+
+    def bias(self, arg: Any) -> tuple[str, np.ndarray] | None:
+        """Name and variables (aligned to its shape) of a bias used only here."""
+        if not isinstance(arg, fx.Node):
+            return None
+        source, ids = arg, None
+        while source.op == "call_function" and source.target in MOVES | _SAME:
+            if len(source.users) != 1 or not isinstance(operands(source)[0], fx.Node):
+                return None
+            source = operands(source)[0]
+        name = self.names.get(source)
+        if name is None or len(source.users) != 1 or self.run.values[source].ndim != 1:
+            return None
+        scale = self.run.scales[arg]
+        if len(scale) != 1 or not isinstance(scale[0], Term):
+            return None
+        ids = scale[0].ids
+        distinct = np.unique(ids).size == ids.size == self.run.values[source].numel()
+        return (name, ids) if distinct else None
+
+    def absorb(self, mark: _Pending, arg: Any) -> None:
+        """A pending shift meets an addend: its readers are complete if that is a fitting bias."""
+        units, found = self.run.units, self.bias(arg)
+        rows = mark.rows.reshape(-1)
+        if found is None or np.squeeze(found[1]).shape != np.squeeze(mark.rows).shape:
+            self.failed |= self.units_in(mark)
+            return
+        name, ids = found
+        ndim = max(ids.ndim, mark.rows.ndim)
+        shapes = [(1,) * (ndim - a.ndim) + a.shape for a in (ids, mark.rows)]
+        if shapes[0] != shapes[1]:
+            self.failed |= self.units_in(mark)
+            return
+        order = np.empty(rows.size, np.int64)
+        order[[units.index[v] for v in ids.reshape(-1)]] = [units.index[v] for v in rows]
+        weight, out_axis = units.parameter[rows[0]], units.axis[rows[0]]
+        for unit, column in sorted(mark.pairs):
+            key = (weight, units.axis[column], out_axis, name, tuple(order.tolist()))
+            self.readers[unit].setdefault(key, []).append(units.index[column])
+
+    def fresh(self, arg: Any) -> _Moved | None:
+        """The addend's own units start here."""
+        found = self.bias(arg)
+        return None if found is None else _Moved(found[1])
+
+
+def translations(run: Flow, names: dict[fx.Node, str]) -> list[Translation]:
+    """Translation gauges of the biases; ``names`` maps parameter placeholders to their names."""
+    walk = _Walk(run, names)
+    for node in run.capture.graph.nodes:
+        if node.op == "call_function":
+            mark = _step(walk, node)
+            if mark is not None:
+                walk.marks[node] = mark
+        elif node.op == "output":
+            walk.fail(*node.all_input_nodes)
+    return _collect(walk)
+
+
+def _step(walk: _Walk, node: fx.Node) -> Any:
+    target, args = node.target, operands(node)
+    marked = [a for a in node.all_input_nodes if a in walk.marks]
+    if target in _ADD:
+        return _sum(walk, node)
+    if target in _MATMUL:
+        return _matmul(walk, node)
+    if target is aten.convolution.default:
+        return _convolution(walk, node)
+    if not marked:
+        return None
+    mark = walk.marks.get(args[0]) if isinstance(args[0], fx.Node) else None
+    if target is operator.getitem and isinstance(mark, list):
+        return mark[args[1]]
+    if len(marked) == 1 and mark is not None:
+        if target in _SAME:
+            return mark
+        if target in MOVES:
+            return _move(walk, node, mark)
+        if target is aten.mean.dim and isinstance(mark, _Moved):
+            return _mean(walk, node, mark)
+        if target in _AVERAGES and isinstance(mark, _Moved):
+            return _average(walk, node, mark)
+        if isinstance(mark, _RowConstant):
+            if target in (aten.mul.Scalar, aten.mul.Tensor, aten.div.Tensor, aten.div.Scalar):
+                number = isinstance(args[1], (int, float)) or walk.run.values[args[1]].ndim == 0
+                if number:
+                    return mark
+            if target is aten._softmax.default and args[1] in (-1, len(walk.run.shape(node)) - 1):
+                return None  # absorbed
+            if target is aten.eq.Scalar and abs(args[1]) == float("inf"):
+                return None  # a finite shift makes nothing infinite
+        if isinstance(mark, _Moved) and target is aten.mul.Scalar:
+            return mark if _single_use_scaled(walk, node) else None
+    walk.fail(*marked)
+    return None
+
+
+def _single_use_scaled(walk: _Walk, node: fx.Node) -> bool:
+    """A factor on the way to scores does no harm: what matters there is only that they shift."""
+    frontier = [node]
+    while frontier:
+        at = frontier.pop()
+        for user in at.users:
+            if user.target in MOVES | _SAME:
+                frontier.append(user)
+            elif user.target is not aten.bmm.default or operands(user)[1] is not at:
+                walk.fail(operands(node)[0])
+                return False
+    return True
+
+
+def _move(walk: _Walk, node: fx.Node, mark: Any) -> Any:
+    run = walk.run
+    ndim = len(run.shape(operands(node)[0]))
+
+    def shift(ids: np.ndarray) -> Any:
+        return move_ids(run, node, ids.reshape((1,) * (ndim - ids.ndim) + ids.shape))
+
+    if isinstance(mark, _Moved):
+        out = shift(mark.ids)
+        return [_Moved(o) for o in out] if isinstance(out, list) else _Moved(out)
+    if isinstance(mark, _Pending):
+        out = shift(mark.rows)
+        if isinstance(out, list) or np.unique(out).size != np.unique(mark.rows).size:
+            walk.fail(operands(node)[0])
+            return None
+        return _Pending(out, mark.pairs)
+    before, after = run.shape(operands(node)[0]), run.shape(node)
+    if isinstance(mark, _RowConstant) and before[-1:] == after[-1:] and _keeps_last(node):
+        return mark
+    walk.fail(operands(node)[0])
+    return None
+
+
+def _keeps_last(node: fx.Node) -> bool:
+    return node.target in (aten.view.default, aten.expand.default, aten._unsafe_view.default)
+
+
+def _mean(walk: _Walk, node: fx.Node, mark: _Moved) -> Any:
+    ndim = len(walk.run.shape(operands(node)[0]))
+    ids = mark.ids.reshape((1,) * (ndim - mark.ids.ndim) + mark.ids.shape)
+    dims = tuple(d % ndim for d in operands(node)[1])
+    if any(ids.shape[d] > 1 for d in dims):
+        walk.fail(operands(node)[0])
+        return None
+    return _Moved(ids if len(walk.run.shape(node)) == ndim else ids.squeeze(dims))
+
+
+def _average(walk: _Walk, node: fx.Node, mark: _Moved) -> Any:
+    spatial = _AVERAGES[node.target]
+    padding = operands(node)[3] if len(operands(node)) > 3 else 0
+    ids = mark.ids
+    if (any(padding) if isinstance(padding, (list, tuple)) else padding) or any(
+        s > 1 for s in ids.shape[-spatial:]
+    ):
+        walk.fail(operands(node)[0])
+        return None
+    return mark
+
+
+def _sum(walk: _Walk, node: fx.Node) -> Any:
+    a, b = operands(node)[:2]
+    left = walk.marks.get(a) if isinstance(a, fx.Node) else None
+    right = walk.marks.get(b) if isinstance(b, fx.Node) else None
+    plain = node.target is aten.add.Tensor and node.kwargs.get("alpha", 1) == 1
+    if not plain or (left is not None and right is not None):
+        walk.fail(a, b)
+        return None
+    mark, other = (left, b) if right is None else (right, a)
+    if mark is None:
+        return walk.fresh(b) or walk.fresh(a)
+    if isinstance(mark, _Pending):
+        walk.absorb(mark, other)
+        return walk.fresh(other)
+    found = walk.fresh(other)
+    if found is not None:
+        walk.failed |= walk.units_in(found)  # two biases on one sum: left to the first
+    return mark
+
+
+def _matmul(walk: _Walk, node: fx.Node) -> Any:
+    a, b = operands(node)[-2:]
+    bias = operands(node)[0] if node.target is aten.addmm.default else None
+    left, right = walk.marks.get(a), walk.marks.get(b)
+    if bias is not None:
+        walk.fail(bias)
+        if node.kwargs.get("beta", 1) != 1 or node.kwargs.get("alpha", 1) != 1:
+            walk.fail(a, b)
+            return None
+    out: Any = None
+    if left is not None and right is None and isinstance(left, _Moved):
+        out = _read(walk, a, left.ids, b)
+    elif right is not None and left is None and isinstance(right, _Moved):
+        out = _attend(walk, node, right.ids)
+    else:
+        both_attend = node.target is aten.bmm.default and isinstance(left, _Moved)
+        if both_attend and isinstance(right, _Moved):
+            walk.fail(a)
+            out = _attend(walk, node, right.ids)
+        else:
+            walk.fail(a, b)
+    if bias is None:
+        return out
+    if isinstance(out, _Pending):
+        walk.absorb(out, bias)
+    elif out is not None:
+        walk.failed |= walk.units_in(out)
+    return walk.fresh(bias)
+
+
+def _read(walk: _Walk, a: fx.Node, ids: np.ndarray, w: fx.Node) -> _Pending | None:
+    """Shifted units times a weight: pairs them with the variables of its input axis."""
+    scale = walk.run.scales[w]
+    ndim = len(walk.run.shape(w))
+    inner = [t.ids for t in scale if isinstance(t, Term) and t.support(ndim) == {ndim - 2}]
+    outer = [t.ids for t in scale if isinstance(t, Term) and t.support(ndim) == {ndim - 1}]
+    ids = ids.reshape((1,) * (len(walk.run.shape(a)) - ids.ndim) + ids.shape)
+    if len(inner) != 1 or len(outer) != 1 or ids.size != ids.shape[-1]:
+        walk.fail(a)
+        return None
+    columns = inner[0].reshape(-1)
+    ids = np.broadcast_to(ids.reshape(-1), columns.shape)
+    pairs = frozenset((int(u), int(c)) for u, c in zip(ids, columns, strict=True) if u)
+    rows = outer[0].reshape((1,) * (len(walk.run.shape(a)) - 1) + (-1,))
+    return _Pending(rows, pairs)
+
+
+def _attend(walk: _Walk, node: fx.Node, ids: np.ndarray) -> Any:
+    """Shifted units as the right factor of a batched product: keys or values of attention."""
+    a, b = operands(node)[-2:]
+    ids = ids.reshape((1,) * (len(walk.run.shape(b)) - ids.ndim) + ids.shape)
+    if ids.ndim == 3 and ids.shape[1] == 1 and _from_softmax(a):
+        total = walk.run.values[a].sum(-1)
+        if torch.allclose(total, torch.ones_like(total)):
+            return _Moved(ids)
+    elif ids.ndim == 3 and ids.shape[2] == 1:
+        return _RowConstant(frozenset(walk.units_in(_Moved(ids))))
+    walk.fail(b)
+    return None
+
+
+def _from_softmax(node: fx.Node) -> bool:
+    while node.op == "call_function" and node.target is not aten._softmax.default:
+        if node.target is aten.where.self:
+            node = operands(node)[2]
+        elif node.target in (aten.view.default, aten.expand.default, aten.clone.default):
+            node = operands(node)[0]
+        else:
+            return False
+    return node.op == "call_function" and operands(node)[1] in (-1, 2, 3)
+
+
+def _convolution(walk: _Walk, node: fx.Node) -> Any:
+    x, w, bias = operands(node)[:3]
+    padding, transposed, groups = operands(node)[4], operands(node)[6], operands(node)[8]
+    mark = walk.marks.get(x)
+    if mark is not None:
+        scale = walk.run.scales[w]
+        ndim = len(walk.run.shape(w))
+        inner = [t.ids for t in scale if t.support(ndim) == {1}]
+        outer = [t.ids for t in scale if t.support(ndim) == {0}]
+        good = (
+            isinstance(mark, _Moved)
+            and not transposed
+            and groups == 1
+            and not any(padding)
+            and len(inner) == len(outer) == 1
+        )
+        ids = mark.ids if good else None
+        if ids is not None:
+            ids = ids.reshape((1,) * (ndim - ids.ndim) + ids.shape)
+        if ids is None or ids.size != ids.shape[1]:
+            walk.fail(x)
+        else:
+            columns = inner[0].reshape(-1)
+            units = np.broadcast_to(ids.reshape(-1), columns.shape)
+            pairs = frozenset((int(u), int(c)) for u, c in zip(units, columns, strict=True) if u)
+            rows = outer[0].reshape((1, -1) + (1,) * (ndim - 2))
+            pending = _Pending(rows, pairs)
+            if bias is None:
+                return pending
+            walk.absorb(_Pending(rows.reshape(-1), pairs), bias)
+    walk.fail(bias)
+    found = walk.fresh(bias)
+    if found is None:
+        return None
+    return _Moved(compress(found.ids.reshape((1, -1) + (1,) * (len(walk.run.shape(x)) - 2))))
+
+
+def _collect(walk: _Walk) -> list[Translation]:
+    units = walk.run.units
+    seen: set[int] = set()
+    for mark in walk.marks.values():
+        seen |= walk.units_in(mark)
+    groups: dict[tuple, list[int]] = defaultdict(list)
+    for unit in sorted(seen - walk.failed):
+        read = walk.readers.get(unit, {})
+        key = tuple(sorted((k, len(p)) for k, p in read.items()))
+        groups[(units.parameter[unit], key)].append(unit)
+    order = list(walk.run.capture.names)
+    found = []
+    for (source, key), members in groups.items():
+        readers = tuple(
+            Reader(
+                weight,
+                bias,
+                in_axis,
+                out_axis,
+                torch.tensor([sorted(walk.readers[u][reader_key]) for u in members]),
+                torch.tensor(rows),
+            )
+            for reader_key, _ in key
+            for weight, in_axis, out_axis, bias, rows in [reader_key]
+        )
+        moved = sorted({source, *(r.bias for r in readers)}, key=order.index)
+        targets = sorted({r.bias for r in readers}, key=order.index) or ["softmax"]
+        found.append(
+            Translation(
+                name=f"translation: {source} -> {', '.join(targets)}",
+                group=f"R^{len(members)}",
+                parameters=tuple(moved),
+                shape=(len(members),),
+                likelihood=None,
+                source=source,
+                entries=torch.tensor([units.index[u] for u in members]),
+                readers=readers,
+            )
+        )
+    return found

@@ -1,0 +1,137 @@
+"""The numerical check every claimed symmetry has to pass before it is returned."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+
+from deaddir_fast.gauge.base import Gauge
+from deaddir_fast.nets.graph import call_model, readable_attention
+
+# Rounding allowed, in units of the working precision. A false claim misses by far more, since
+# elements are of order one and the point is generic.
+_SLACK = 2.0**20
+_COTANGENTS = 3
+
+
+@contextmanager
+def at_rest(model: nn.Module) -> Iterator[None]:
+    """The model in evaluation mode with its plain attention path; every flag is put back."""
+    flags = [(m, m.training) for m in model.modules()]
+    fast = torch.backends.mha.get_fastpath_enabled()
+    try:
+        for module, _ in flags:
+            module.training = False
+        torch.backends.mha.set_fastpath_enabled(False)
+        with readable_attention():
+            yield
+    finally:
+        torch.backends.mha.set_fastpath_enabled(fast)
+        for module, training in flags:
+            module.training = training
+
+
+class Verifier:
+    """Evaluates a model in fp64 where it allows that, at its own parameters and near them.
+
+    The second point makes the check meaningful where the first is special (a layer that starts
+    at zero makes many changes invisible).
+    """
+
+    def __init__(self, model: nn.Module, inputs: Any) -> None:
+        def wide(x: Any) -> Any:
+            return x.double() if isinstance(x, Tensor) and x.is_floating_point() else x
+
+        self._model = model
+        own = {k: v.detach() for k, v in model.named_parameters()}
+        buffers = dict(model.named_buffers())
+        try:
+            self._buffers = {k: wide(v.detach()) for k, v in buffers.items()}
+            self._inputs = pytree.tree_map(wide, inputs)
+            state = {k: wide(v) for k, v in own.items()}
+            self.evaluate(state)
+        except (RuntimeError, TypeError):  # casts inside the forward pass
+            self._buffers = {k: v.detach() for k, v in buffers.items()}
+            self._inputs, state = inputs, own
+        self._draw = torch.Generator().manual_seed(1)
+        self._points = [state, {k: self._near(v) for k, v in state.items()}]
+        self._outputs = [self.evaluate(s).detach() for s in self._points]
+        self._tolerance = min(1e-3, _SLACK * torch.finfo(self._outputs[0].dtype).eps)
+        self._gradients: dict[bool, list[list[dict[str, Tensor]]]] = {}
+
+    def _near(self, w: Tensor) -> Tensor:
+        if not w.is_floating_point():
+            return w
+        noise = torch.randn(w.shape, dtype=torch.float64, generator=self._draw).to(w)
+        size = w.square().mean().sqrt() if w.numel() else 1.0
+        return w + noise * (0.3 * size + 0.05)
+
+    def evaluate(self, state: dict[str, Tensor]) -> Tensor:
+        """The model's output at other parameters."""
+        return call_model(self._model, {**self._buffers, **state}, self._inputs)
+
+    def _cotangents(self, categorical: bool) -> list[list[dict[str, Tensor]]]:
+        """Gradients of random linear functionals of the outputs, per point."""
+        if categorical not in self._gradients:
+            self._gradients[categorical] = [
+                [self._gradient(s, z, categorical) for _ in range(_COTANGENTS)]
+                for s, z in zip(self._points, self._outputs, strict=True)
+            ]
+        return self._gradients[categorical]
+
+    def _gradient(
+        self, state: dict[str, Tensor], z: Tensor, categorical: bool
+    ) -> dict[str, Tensor]:
+        w = torch.randn(z.shape, dtype=torch.float64, generator=self._draw).to(z)
+        if categorical:
+            w = w - w.mean(-1, keepdim=True)
+        leaves = {k: v.clone().requires_grad_(v.is_floating_point()) for k, v in state.items()}
+        moving = {k: v for k, v in leaves.items() if v.requires_grad}
+        with torch.enable_grad():
+            total = (w * self.evaluate(leaves)).sum()
+            grads = torch.autograd.grad(total, list(moving.values()), allow_unused=True)
+        return {k: g for k, g in zip(moving, grads, strict=True) if g is not None}
+
+    def objection(self, gauge: Gauge) -> str | None:
+        """Why the claim is false, or None.
+
+        Checks at both points that a random element leaves the outputs as they are (up to a
+        constant over classes for a categorical gauge) and that a random combination of all
+        tangents is null: the pairing of J (tangent) with random cotangents vanishes relative to
+        the parts it is summed from and to gradient times tangent, whose rounding it carries. The
+        same few backward passes serve all gauges.
+        """
+        categorical = gauge.likelihood == "categorical"
+        for state, before in zip(self._points, self._outputs, strict=True):
+            after = self.evaluate(gauge.act(state, gauge.random_element(self._draw))).detach()
+            change = after - before
+            if categorical:
+                change = change - change.mean(-1, keepdim=True)
+            size = max(float(before.abs().max()), float(after.abs().max()), 1e-30)
+            error = float(change.abs().max()) / size
+            if not error <= self._tolerance:
+                return f"a random element changes the outputs by {error:.1e} of their size"
+        for state, gradients in zip(self._points, self._cotangents(categorical), strict=True):
+            algebra = torch.randn(gauge.shape, dtype=torch.float64, generator=self._draw)
+            tangent = gauge.velocity(state, algebra)
+            for gradient in gradients:
+                parts = [tangent[k] * gradient[k] for k in tangent if k in gradient]
+                total = sum(float(p.sum()) for p in parts)
+                length = sum(float(v.square().sum()) for v in tangent.values()) ** 0.5
+                slope = sum(float(g.square().sum()) for g in gradient.values()) ** 0.5
+                size = max(sum(float(p.abs().sum()) for p in parts), length * slope)
+                if not abs(total) <= self._tolerance * max(size, 1e-30):
+                    return (
+                        f"its tangents move the outputs by {abs(total) / size:.1e} of their parts"
+                    )
+        return None
+
+    def moves(self, gauge: Gauge) -> bool:
+        """Whether a random combination of tangents moves any parameter at a generic point."""
+        algebra = torch.randn(gauge.shape, dtype=torch.float64, generator=self._draw)
+        return any(bool(v.any()) for v in gauge.velocity(self._points[1], algebra).values())
