@@ -1,0 +1,144 @@
+"""From an operation's name and arguments to the code that runs it.
+
+Under `torch.compile`, a dispatch mode (fake tensors, `make_fx`) or on fake and meta tensors the
+registered operator ``torch.ops.deaddir.<name>`` is called, so that it shows up as one node.
+Otherwise the dispatcher is bypassed and the launcher of the route runs at once; the registered
+operator's device kernels are this same launcher.
+
+A route is "reference" (plain torch, always there), "cpu" (C++) or "triton". Compiled kernels read
+raw memory, so they see only plain dense tensors: tensor subclasses and tensors inside a functorch
+transform or forward-mode differentiation go to the reference, which torch differentiates.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
+from torch.autograd import forward_ad
+
+from deaddir_fast.backend import current, unavailable
+
+NAMESPACE = "deaddir"
+
+
+@dataclass(frozen=True)
+class Kernel:
+    """A compiled implementation of an operation on one route.
+
+    ``problem`` says why it cannot take these arguments (None: it can); ``worthwhile`` says whether
+    it beats the reference on them, which matters only when no route is forced.
+    """
+
+    route: str
+    run: Callable[..., Any]
+    problem: Callable[..., str | None]
+    worthwhile: Callable[..., bool]
+
+
+@dataclass(frozen=True)
+class Op:
+    """One operation: its name, schema, reference, shape rule and compiled kernels."""
+
+    name: str
+    schema: str
+    reference: Callable[..., Any]
+    fake: Callable[..., Any]
+    kernels: tuple[Kernel, ...] = ()
+
+
+OPS: dict[str, Op] = {}
+
+
+def register(op: Op) -> None:
+    """Define ``torch.ops.deaddir.<op.name>`` on every device and enter it in `OPS`."""
+    qualified = f"{NAMESPACE}::{op.name}"
+    torch.library.define(qualified, op.schema)
+    torch.library.register_fake(qualified, op.fake)
+
+    def kernel(*args: Any) -> Any:
+        return launch(op.name, *args)
+
+    torch.library.register_kernel(qualified, ("cpu", "cuda", "xpu"), kernel)
+    if "!" not in op.schema:
+
+        def refuse(ctx: Any, *grads: Any) -> Any:
+            raise RuntimeError(f"{qualified}: no gradient is defined; detach the inputs")
+
+        torch.library.register_autograd(qualified, refuse)
+    OPS[op.name] = op
+
+
+def call(name: str, *args: Any) -> Any:
+    """Run an operation whose arguments have been checked."""
+    if (
+        torch.compiler.is_compiling()
+        or torch._C._len_torch_dispatch_stack() > 0
+        or any(isinstance(t, Tensor) and (isinstance(t, FakeTensor) or t.is_meta) for t in args)
+    ):
+        return getattr(getattr(torch.ops, NAMESPACE), name).default(*args)
+    return launch(name, *args)
+
+
+def launch(name: str, *args: Any) -> Any:
+    """Run an operation on the route in force, or on the best one that can take the arguments."""
+    op = OPS[name]
+    route = current()
+    if route != "reference" and op.kernels and all(_plain(t) for t in args):
+        for kernel in op.kernels:
+            if route == "auto":
+                if (
+                    kernel.problem(*args) is None
+                    and kernel.worthwhile(*args)
+                    and unavailable(kernel.route) is None
+                ):
+                    return kernel.run(*args)
+            elif route == kernel.route:
+                problem = unavailable(route) or kernel.problem(*args)
+                if problem is not None:
+                    raise RuntimeError(f"{name}: backend {route!r} is forced, but {problem}")
+                return kernel.run(*args)
+    with _full_precision(args):
+        return op.reference(*args)
+
+
+def _plain(value: Any) -> bool:
+    """Whether a kernel that reads raw memory may take this argument."""
+    if not isinstance(value, Tensor):
+        return True
+    return (
+        type(value) in (Tensor, torch.nn.Parameter)
+        and not torch._C._functorch.is_functorch_wrapped_tensor(value)
+        and forward_ad._current_level < 0
+        and not value.is_neg()
+    )
+
+
+@contextmanager
+def _full_precision(args: tuple[Any, ...]) -> Iterator[None]:
+    """Multiply fp32 matrices in fp32, whatever the process allows for training.
+
+    TF32 or bf16 products carry 1e-3 relative error, which a reading would report as curvature.
+    The switch is one of the process: a matrix product of another thread may see it.
+    """
+    first = next((t for t in args if isinstance(t, Tensor)), None)
+    if first is None or first.dtype == torch.float64:
+        yield
+        return
+    settings: Any = torch.backends.mkldnn.matmul  # type: ignore[attr-defined] # set at run time
+    if first.is_cuda:
+        settings = torch.backends.cuda.matmul
+    before = settings.fp32_precision
+    if before in ("ieee", "none"):
+        yield
+        return
+    settings.fp32_precision = "ieee"
+    try:
+        yield
+    finally:
+        settings.fp32_precision = before
