@@ -1,0 +1,33 @@
+"""One ahead-of-time compilation of a kernel: what to compile, and what must come out."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+
+@dataclass(frozen=True)
+class Case:
+    """A kernel with the types, constants and options of one variant.
+
+    ``aligned`` names the pointers and integers that a launch finds divisible by 16, as the
+    just-in-time compiler would. ``unit`` is the type of the products, "bf16", "fp16", "fp32" or
+    "fp64": it decides which instruction must appear. ``helpers`` are the jit functions that the
+    kernel calls.
+    """
+
+    kernel: Any
+    label: str
+    signature: Mapping[str, str]
+    constants: Mapping[str, Any]
+    warps: int
+    stages: int
+    aligned: tuple[str, ...]
+    unit: str
+    helpers: tuple[Any, ...] = ()
+
+    @property
+    def name(self) -> str:
+        """A readable name: kernel, variant, tile, options."""
+        sizes = "x".join(str(self.constants[k]) for k in ("BLOCK", "DEPTH") if k in self.constants)
+        kernel = self.kernel.__name__
+        return f"{kernel} {self.label} {sizes} w{self.warps} s{self.stages}"
