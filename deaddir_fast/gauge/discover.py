@@ -168,11 +168,11 @@ def _claim(
         for (p, axis, e), at in sorted(entries.items(), key=lambda s: (order[s[0][0]], s[0][1:]))
     )
     parameters = tuple(dict.fromkeys(s.parameter for s in slots))
-    writers = _modules(s.parameter for s in slots if s.exponent > 0)
-    readers = _modules(s.parameter for s in slots if s.exponent < 0)
+    ends = [_modules(s.parameter for s in slots if s.exponent * sign > 0) for sign in (1, -1)]
+    between = " -> ".join(e for e in ends if e)
     field = "R_>0" if positive else "R^*"
     rescaling = Rescaling(
-        name=f"rescaling: {writers} -> {readers}",
+        name=f"rescaling: {between}",
         group=f"({field})^{h}",
         parameters=parameters,
         shape=(h,),
@@ -184,7 +184,7 @@ def _claim(
         return rescaling, None
     count = f"^{len(blocks)}" if len(blocks) > 1 else ""
     linear = GeneralLinear(
-        name=f"general linear: {writers} -> {readers}",
+        name=f"general linear: {between}",
         group=f"GL({size}){count}",
         parameters=parameters,
         shape=(len(blocks), size, size),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -22,7 +23,7 @@ _SHAPING = (
 )
 
 
-def _candidates(layer: nn.Module, weight: Tensor, draw: torch.Generator) -> Iterator[Tensor]:
+def _candidates(layer: Any, weight: Tensor, draw: torch.Generator) -> Iterator[Tensor]:
     def normal(*shape: int) -> Tensor:
         x = torch.randn(_SAMPLES, *shape, generator=draw, dtype=torch.float64)
         return x.to(weight.device, weight.dtype)
@@ -40,12 +41,12 @@ def _candidates(layer: nn.Module, weight: Tensor, draw: torch.Generator) -> Iter
         yield normal(_TOKENS, *layer.normalized_shape)
     else:
         for kind, dims in _CONVOLUTIONS.items():
-            if isinstance(layer, kind):
+            if issubclass(type(layer), kind):
                 for size in _SIZES:
-                    yield normal(int(layer.in_channels), *[size] * dims)
+                    yield normal(layer.in_channels, *[size] * dims)
 
 
-def _layers(model: nn.Module) -> Iterator[tuple[str, nn.Module, Tensor]]:
+def _layers(model: nn.Module) -> Iterator[tuple[str, Any, Tensor]]:
     for name, layer in model.named_modules():
         weight = next(iter(layer.parameters(recurse=False)), None)
         if weight is not None and isinstance(layer, _SHAPING):

@@ -18,7 +18,7 @@ from torch import fx
 
 from deaddir_fast.gauge.scaling import MOVES, SAME, Flow, move_ids, operands
 from deaddir_fast.gauge.shift import Reader, Translation
-from deaddir_fast.gauge.units import Term, compress
+from deaddir_fast.gauge.units import Term, Units, compress
 
 aten = torch.ops.aten
 
@@ -47,7 +47,8 @@ class _Pending:
     """Output of a linear map that read shifted units and has met no bias yet.
 
     ``rows`` are the variables of the weight's output axis, arranged along the output; ``pairs``
-    the (unit, variable of the weight's input axis) that met in the sum.
+    the (unit, variable of the weight's input axis) that met in the sum. An axis of extent 1 has
+    no variables of its own: -1 stands for its only entry.
     """
 
     rows: np.ndarray
@@ -117,16 +118,23 @@ class _Walk:
             self.failed |= self.units_in(mark)
             return
         order = np.empty(rows.size, np.int64)
-        order[[units.index[v] for v in ids.reshape(-1)]] = [units.index[v] for v in rows]
-        weight, out_axis = units.parameter[rows[0]], units.axis[rows[0]]
+        order[[units.index[v] for v in ids.reshape(-1)]] = [_entry(units, v) for v in rows]
         for unit, column in sorted(mark.pairs):
-            key = (weight, units.axis[column], out_axis, name, tuple(order.tolist()))
-            self.readers[unit].setdefault(key, []).append(units.index[column])
+            known = rows[0] if rows[0] > 0 else column
+            weight, axis = units.parameter[known], units.axis[known]
+            in_axis = units.axis[column] if column > 0 else 1 - axis
+            out_axis = axis if rows[0] > 0 else 1 - axis
+            key = (weight, in_axis, out_axis, name, tuple(order.tolist()))
+            self.readers[unit].setdefault(key, []).append(_entry(units, column))
 
     def fresh(self, arg: Any) -> _Moved | None:
         """The addend's own units start here."""
         found = self.bias(arg)
         return None if found is None else _Moved(found[1])
+
+
+def _entry(units: Units, variable: int) -> int:
+    return units.index[variable] if variable > 0 else 0
 
 
 def translations(run: Flow, names: dict[fx.Node, str]) -> list[Translation]:
@@ -293,21 +301,41 @@ def _matmul(walk: _Walk, node: fx.Node) -> Any:
     return walk.fresh(bias)
 
 
+def _axis_variables(walk: _Walk, weight: fx.Node, axis: int) -> np.ndarray | None:
+    """(size,) variables of one axis of a weight operand; -1 for an axis of extent 1."""
+    shape = walk.run.shape(weight)
+    scale = walk.run.scales[weight]
+    if not scale or not all(isinstance(t, Term) for t in scale):
+        return None
+    found = [t.ids for t in scale if t.support(len(shape)) == {axis}]
+    if len(found) == 1:
+        return found[0].reshape(-1)
+    return np.array([-1]) if not found and shape[axis] == 1 and len(scale) == 1 else None
+
+
+def _pending(
+    walk: _Walk, ids: np.ndarray, weight: fx.Node, in_axis: int, out_axis: int
+) -> _Pending | None:
+    columns = _axis_variables(walk, weight, in_axis)
+    rows = _axis_variables(walk, weight, out_axis)
+    if columns is None or rows is None or columns[0] == rows[0]:
+        return None
+    units = np.broadcast_to(ids.reshape(-1), columns.shape)
+    pairs = ((int(u), int(c)) for u, c in zip(units, columns, strict=True) if u)
+    return _Pending(rows, frozenset(pairs))
+
+
 def _read(walk: _Walk, a: fx.Node, ids: np.ndarray, w: fx.Node) -> _Pending | None:
     """Shifted units times a weight: pairs them with the variables of its input axis."""
-    scale = walk.run.scales[w]
     ndim = len(walk.run.shape(w))
-    inner = [t.ids for t in scale if isinstance(t, Term) and t.support(ndim) == {ndim - 2}]
-    outer = [t.ids for t in scale if isinstance(t, Term) and t.support(ndim) == {ndim - 1}]
     ids = ids.reshape((1,) * (len(walk.run.shape(a)) - ids.ndim) + ids.shape)
-    if len(inner) != 1 or len(outer) != 1 or ids.size != ids.shape[-1]:
+    pending = None
+    if ids.size == ids.shape[-1]:
+        pending = _pending(walk, ids, w, ndim - 2, ndim - 1)
+    if pending is None:
         walk.fail(a)
         return None
-    columns = inner[0].reshape(-1)
-    ids = np.broadcast_to(ids.reshape(-1), columns.shape)
-    pairs = frozenset((int(u), int(c)) for u, c in zip(ids, columns, strict=True) if u)
-    rows = outer[0].reshape((1,) * (len(walk.run.shape(a)) - 1) + (-1,))
-    return _Pending(rows, pairs)
+    return _Pending(pending.rows.reshape((1,) * (ids.ndim - 1) + (-1,)), pending.pairs)
 
 
 def _attend(walk: _Walk, node: fx.Node, ids: np.ndarray) -> Any:
@@ -340,31 +368,19 @@ def _convolution(walk: _Walk, node: fx.Node) -> Any:
     padding, transposed, groups = operands(node)[4], operands(node)[6], operands(node)[8]
     mark = walk.marks.get(x)
     if mark is not None:
-        scale = walk.run.scales[w]
         ndim = len(walk.run.shape(w))
-        inner = [t.ids for t in scale if t.support(ndim) == {1}]
-        outer = [t.ids for t in scale if t.support(ndim) == {0}]
-        good = (
-            isinstance(mark, _Moved)
-            and not transposed
-            and groups == 1
-            and not any(padding)
-            and len(inner) == len(outer) == 1
-        )
-        ids = mark.ids if good else None
-        if ids is not None:
-            ids = ids.reshape((1,) * (ndim - ids.ndim) + ids.shape)
-        if ids is None or ids.size != ids.shape[1]:
+        pending = None
+        if isinstance(mark, _Moved) and not transposed and groups == 1 and not any(padding):
+            ids = mark.ids.reshape((1,) * (ndim - mark.ids.ndim) + mark.ids.shape)
+            if ids.size == ids.shape[1]:
+                pending = _pending(walk, ids, w, 1, 0)
+        if pending is None:
             walk.fail(x)
+        elif bias is None:
+            rows = pending.rows.reshape((1, -1) + (1,) * (ndim - 2))
+            return _Pending(rows, pending.pairs)
         else:
-            columns = inner[0].reshape(-1)
-            units = np.broadcast_to(ids.reshape(-1), columns.shape)
-            pairs = frozenset((int(u), int(c)) for u, c in zip(units, columns, strict=True) if u)
-            rows = outer[0].reshape((1, -1) + (1,) * (ndim - 2))
-            pending = _Pending(rows, pairs)
-            if bias is None:
-                return pending
-            walk.absorb(_Pending(rows.reshape(-1), pairs), bias)
+            walk.absorb(pending, bias)
     walk.fail(bias)
     found = walk.fresh(bias)
     if found is None:

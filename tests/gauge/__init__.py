@@ -1,0 +1,1 @@
+"""Symmetry groups: discovery, action, orbit tangents, quotient."""

@@ -1,0 +1,139 @@
+"""Small models whose continuous symmetries can be listed by hand."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+class Gated(nn.Module):
+    """down(act(gate x) * (up x))."""
+
+    def __init__(self, act: Callable[[Tensor], Tensor] = F.silu) -> None:
+        super().__init__()
+        self.gate = nn.Linear(4, 6)
+        self.up = nn.Linear(4, 6)
+        self.down = nn.Linear(6, 3)
+        self.act = act
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.down(self.act(self.gate(x)) * self.up(x))
+
+
+class Residual(nn.Module):
+    """One block around a stream that starts at the input or at a linear embedding."""
+
+    def __init__(self, embed: bool, norm: bool = False) -> None:
+        super().__init__()
+        self.embed = nn.Linear(4, 4) if embed else nn.Identity()
+        self.norm = nn.LayerNorm(4) if norm else nn.Identity()
+        self.fc1 = nn.Linear(4, 6)
+        self.fc2 = nn.Linear(6, 4, bias=False)
+        self.head = nn.Linear(4, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.embed(x)
+        x = x + self.fc2(F.relu(self.fc1(self.norm(x))))
+        return self.head(x)
+
+
+class Shared(nn.Module):
+    """The same square layer twice: its units cannot scale apart from their own input."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = nn.Linear(4, 5)
+        self.middle = nn.Linear(5, 5)
+        self.last = nn.Linear(5, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = F.relu(self.first(x))
+        x = F.relu(self.middle(F.relu(self.middle(x))))
+        return self.last(x)
+
+
+class TiedHead(nn.Module):
+    """Token embedding and output matrix are one parameter."""
+
+    def __init__(self, act: Callable[[Tensor], Tensor]) -> None:
+        super().__init__()
+        self.embedding = nn.Embedding(7, 4)
+        self.mix = nn.Linear(4, 4)
+        self.head = nn.Linear(4, 7, bias=False)
+        self.head.weight = self.embedding.weight
+        self.act = act
+
+    def forward(self, ids: Tensor) -> Tensor:
+        return self.head(self.act(self.mix(self.embedding(ids))))
+
+
+class TwoReaders(nn.Module):
+    """A hidden layer read by a linear map and, for one flag, by a sigmoid as well."""
+
+    def __init__(self, spoil: bool) -> None:
+        super().__init__()
+        self.fc = nn.Linear(4, 5)
+        self.left = nn.Linear(5, 2)
+        self.right = nn.Linear(5, 2)
+        self.spoil = spoil
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = F.relu(self.fc(x))
+        out = self.left(h) + self.right(h)
+        return out + torch.sigmoid(h).sum(-1, keepdim=True) if self.spoil else out
+
+
+class Attention(nn.Module):
+    """Self-attention of one layer."""
+
+    def __init__(self, bias: bool = True) -> None:
+        super().__init__()
+        self.mha = nn.MultiheadAttention(6, 2, bias=bias, batch_first=True)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.mha(x, x, x, need_weights=False)[0]
+
+
+def mlp(act: nn.Module | None = None) -> nn.Sequential:
+    """4 -> 5 -> 3 -> 3 with biases and dropout."""
+    act = act or nn.ReLU()
+    return nn.Sequential(
+        nn.Linear(4, 5), act, nn.Dropout(0.5), nn.Linear(5, 3), nn.LeakyReLU(), nn.Linear(3, 3)
+    )
+
+
+def conv_net() -> nn.Sequential:
+    """Padding, batch norm, max and average pooling, depthwise, flatten."""
+    return nn.Sequential(
+        nn.Conv2d(1, 3, 3, padding=1),
+        nn.ReLU(),
+        nn.MaxPool2d(2),
+        nn.Conv2d(3, 4, 3, padding=1, bias=False),
+        nn.BatchNorm2d(4),
+        nn.LeakyReLU(0.1),
+        nn.Conv2d(4, 4, 3, padding=1, groups=4),
+        nn.ReLU(),
+        nn.AvgPool2d(2),
+        nn.Flatten(),
+        nn.Linear(16, 3),
+    )
+
+
+def deep_linear() -> nn.Sequential:
+    """4 -> 3 -> 2 -> 3, one bias in the middle."""
+    return nn.Sequential(nn.Linear(4, 3), nn.Linear(3, 2, bias=False), nn.Linear(2, 3, bias=False))
+
+
+def normed() -> nn.Sequential:
+    """LayerNorm and RMSNorm, each read by one linear map."""
+    return nn.Sequential(
+        nn.Linear(4, 5),
+        nn.LayerNorm(5),
+        nn.Linear(5, 3),
+        nn.GELU(),
+        nn.RMSNorm(3),
+        nn.Linear(3, 2),
+    )
