@@ -35,12 +35,13 @@ def reference(a: Tensor, g: Tensor, U: Tensor) -> Tensor:
     parts = []
     for some in blocks(n, (o * i if gradient_first else 2 * t * p * o) * dtype.itemsize):
         x, y = a[some].to(dtype), g[some].to(dtype)
+        m = x.shape[0]
         if gradient_first:
-            gradient = (y.mT @ x).reshape(-1, o * i)
+            gradient = (y.mT @ x).reshape(m, o * i)
             scores = gradient @ directions.reshape(p, o * i).mT
         else:
-            mapped = x.reshape(-1, i) @ directions.reshape(p * o, i).mT
-            scores = (mapped.reshape(-1, t, p, o) * y[:, :, None]).sum((1, 3))
+            mapped = x.reshape(m * t, i) @ directions.reshape(p * o, i).mT
+            scores = (mapped.reshape(m, t, p, o) * y[:, :, None]).sum((1, 3))
         parts.append(scores)
     return torch.cat(parts).square().mean(0)
 

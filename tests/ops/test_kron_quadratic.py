@@ -1,0 +1,94 @@
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from compare import assert_relative, assert_rms, to_numpy
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from deaddir_fast.ops import kron_quadratic, kron_quadratic_rank1
+
+torch.set_num_threads(1)
+
+
+def factor(size, rank=None, generator=None):
+    x = torch.randn(size, size if rank is None else rank, dtype=torch.float64, generator=generator)
+    return x @ x.mT
+
+
+def dense(A, G, U):
+    A, G, U = to_numpy(A), to_numpy(G), to_numpy(U)
+    u = U.reshape(len(U), A.shape[0] * G.shape[0])
+    return np.einsum("pa,ab,pb->p", u, np.kron(G, A), u)
+
+
+@pytest.mark.parametrize("shape", [(1, 1, 1), (3, 5, 7), (4, 1, 33), (5, 20, 17), (0, 3, 4)])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
+def test_values(shape, dtype):
+    p, o, i = shape
+    A, G, U = factor(i).to(dtype), factor(o).to(dtype), torch.randn(p, o, i).to(dtype)
+    result = kron_quadratic(A, G, U)
+    assert result.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
+    assert_rms(result, dense(A, G, U), 1e-13 if dtype == torch.float64 else 1e-5)
+
+
+def test_empty_layers_have_no_curvature():
+    for o, i in ((0, 3), (3, 0)):
+        result = kron_quadratic(torch.zeros(i, i), torch.zeros(o, o), torch.zeros(2, o, i))
+        assert torch.equal(result, torch.zeros(2))
+
+
+@given(rank=st.integers(1, 4), seed=st.integers(0, 2**31))
+@settings(max_examples=30, deadline=None)
+def test_never_negative_on_dead_directions(rank, seed):
+    generator = torch.Generator().manual_seed(seed)
+    A, G = factor(8, rank, generator), factor(6, generator=generator)
+    null = torch.linalg.eigh(A)[1][:, : 8 - rank]
+    U = torch.randn(6, 6, 8 - rank, generator=generator, dtype=torch.float64) @ null.mT
+    for dtype in (torch.float64, torch.float32, torch.bfloat16):
+        assert (kron_quadratic(A.to(dtype), G.to(dtype), U.to(dtype)) >= 0).all()
+
+
+def test_a_transposed_factor_counts_as_written():
+    # tr(U^T G U A) for a matrix that is not symmetric takes its symmetric part
+    A, G, U = torch.randn(3, 3).double() + 4 * torch.eye(3), factor(2), torch.randn(5, 2, 3)
+    expected = [np.trace(to_numpy(u).T @ to_numpy(G) @ to_numpy(u) @ to_numpy(A)) for u in U]
+    assert_rms(kron_quadratic(A, G, U), np.array(expected), 1e-13)
+
+
+def test_rank_one_agrees_with_full_rank():
+    A, G = factor(7), factor(5)
+    v, w = torch.randn(6, 5).double(), torch.randn(6, 7).double()
+    full = kron_quadratic(A, G, v[:, :, None] * w[:, None, :])
+    assert_relative(kron_quadratic_rank1(A, G, v, w), full, 1e-12)
+
+
+def test_strides_and_blocks(monkeypatch):
+    monkeypatch.setattr("deaddir_fast.ops._blocks.WORKSPACE", 500)
+    A, G = factor(8)[::2, ::2], factor(10)[::2, ::2]
+    U = torch.randn(4, 5, 9).double().permute(2, 1, 0)
+    assert_rms(kron_quadratic(A, G, U), dense(A, G, U), 1e-14)
+
+
+def test_nan_and_infinity_propagate():
+    A, G, U = factor(3), factor(2), torch.randn(4, 2, 3).double()
+    U[1, 0, 0] = float("nan")
+    result = kron_quadratic(A, G, U)
+    assert result.isnan().tolist() == [False, True, False, False]
+    assert kron_quadratic(A * float("nan"), G, U).isnan().all()
+
+
+def test_bad_arguments():
+    A, G, U = factor(3), factor(2), torch.randn(4, 2, 3)
+    with pytest.raises(ValueError, match=r"A: expected size 3"):
+        kron_quadratic(G, G, U)
+    with pytest.raises(ValueError, match=r"G: expected size 2"):
+        kron_quadratic(A, A, U)
+    with pytest.raises(RuntimeError, match=r"G: requires grad"):
+        kron_quadratic(A, G.requires_grad_(), U)
+
+
+def test_registered_operator():
+    args = factor(3).float(), factor(2).float(), torch.randn(4, 2, 3)
+    torch.library.opcheck(torch.ops.deaddir.kron_quadratic.default, args)
