@@ -13,8 +13,8 @@ constexpr int64_t kUnits = 64;               // units of work aimed at, so that 
 constexpr int64_t kPassBytes = 32 << 20;     // packed inputs held at a time
 constexpr int64_t kSlotBytes = 32 << 20;     // partial sums held at a time
 constexpr int64_t kBlockPanels = 16;         // panels of samples a cached block of U is used for
-constexpr int64_t kGroupRows = 32;           // samples whose M tiles are held together
-constexpr int64_t kTileBytes = 6 << 10;      // of one M tile
+constexpr int64_t kTileBytes = 6 << 10;      // of one tile of M, so that a few fit the L1 cache
+constexpr int64_t kHeldTiles = 64;           // tiles of M held at a time, in the L2 cache
 constexpr double kSerialFlops = 2e6;         // below this a second thread costs more than it gives
 constexpr int64_t kContractOverhead = 6;     // stores and sums of the contracted form, in tokens
 
@@ -62,11 +62,18 @@ void factorised_rows(int rows, int vectors, const T* u, const T* a, int64_t dept
   }
 }
 
-// m[r, :] = sum_t g[t, r] a[t, :], R rows by one panel of inputs.
+// m[r, :] = sum_t g[t, r] a[t, :], R rows by one panel of inputs; added to m where asked.
 template <class T, int R>
-void outer_tile(const T* __restrict g, const T* __restrict a, int64_t tokens, T* __restrict m,
-                int64_t stride) {
+void outer_tile(const T* __restrict g, const T* __restrict a, int64_t tokens, bool add,
+                T* __restrict m, int64_t stride) {
   Vector<T> acc[R][2] = {};
+  if (add) {
+#pragma GCC unroll 16
+    for (int r = 0; r < R; ++r) {
+      acc[r][0] = load(m + r * stride);
+      acc[r][1] = load(m + r * stride + kLanes<T>);
+    }
+  }
   for (int64_t t = 0; t < tokens; ++t) {
     const Vector<T> x0 = load(a + t * kWidth<T>);
     const Vector<T> x1 = load(a + t * kWidth<T> + kLanes<T>);
@@ -85,11 +92,12 @@ void outer_tile(const T* __restrict g, const T* __restrict a, int64_t tokens, T*
 }
 
 template <class T, int R = kRows>
-void outer_rows(int rows, const T* g, const T* a, int64_t tokens, T* m, int64_t stride) {
+void outer_rows(int rows, const T* g, const T* a, int64_t tokens, bool add, T* m,
+                int64_t stride) {
   if (rows == R)
-    outer_tile<T, R>(g, a, tokens, m, stride);
+    outer_tile<T, R>(g, a, tokens, add, m, stride);
   else if constexpr (R > 1)
-    outer_rows<T, R - 1>(rows, g, a, tokens, m, stride);
+    outer_rows<T, R - 1>(rows, g, a, tokens, add, m, stride);
 }
 
 constexpr int kDotSamples = 4;
@@ -183,7 +191,8 @@ void factorised(const DirectionalCurvature& c, int threads, SampleSums& sums) {
   const int64_t depths = ceil_div(i, kDepth), tiles = ceil_div(o, kRows);
 
   const int64_t row_bytes = (i + o) * static_cast<int64_t>(sizeof(T));
-  const int64_t pass = smaller(round_up(rows, W), larger(1, kPassBytes / row_bytes / block) * block);
+  const int64_t fitting = larger(1, kPassBytes / row_bytes / block) * block;
+  const int64_t pass = smaller(round_up(rows, W), fitting);
   const int64_t blocks = ceil_div(pass, block);
   const int64_t p_block = smaller(c.p, larger(1, kSlotBytes / (8 * pass)));
   const int64_t row_parts = smaller(tiles, ceil_div(kUnits, blocks * p_block));
@@ -222,7 +231,11 @@ void factorised(const DirectionalCurvature& c, int threads, SampleSums& sums) {
               const T* from = widened<T>(c.U, ((p0 + p) * o + o0 + j) * i + k0, depth, row);
               if (from != row) std::memcpy(row, from, static_cast<size_t>(depth) * sizeof(T));
             }
+            const int64_t next = smaller(kRows, o - o0 - r);  // rows to fetch meanwhile
             for (int64_t panel = panel0; panel < panel1; ++panel) {
+              const int64_t k = panel - panel0, calls = panel1 - panel0;
+              for (int64_t l = cut(next, calls, k); l < cut(next, calls, k + 1); ++l)
+                prefetch(c.U, ((p0 + p) * o + o0 + r + l) * i + k0, depth);
               const int vectors = here - panel * W <= kLanes<T> ? 1 : 2;
               factorised_rows<T>(static_cast<int>(r), vectors, u,
                                  a_pack.get() + (panel * i + k0) * W, depth,
@@ -254,33 +267,40 @@ void pack_tokens(const Array& x, int64_t row0, int64_t count, int64_t tokens, in
     const T* from = widened<T>(x, (row0 + t) * columns, columns, scratch);
     for (int64_t c0 = 0; c0 < columns; c0 += width) {
       T* row = to + c0 * tokens + t * width;
-      for (int64_t l = 0; l < width; ++l) row[l] = c0 + l < columns ? from[c0 + l] : T(0);
+      const int64_t run = smaller(width, columns - c0);
+      std::memcpy(row, from + c0, static_cast<size_t>(run) * sizeof(T));
+      for (int64_t l = run; l < width; ++l) row[l] = T(0);
     }
   }
 }
 
-// Long sequences are cut: a block of tokens is a row of its own, and SampleSums joins the rows.
-constexpr int64_t token_blocks(int64_t t, int64_t p) {
-  return ceil_div(t, larger(kDepth, smaller(4 * p, 8 * kDepth)));
-}
+// Very long sequences are cut, so that the packed inputs of one row stay bounded: a run of tokens
+// is a row of its own, and SampleSums joins the rows.
+constexpr int64_t kRowTokens = 2048;
 
 template <class T>
 void contracted(const DirectionalCurvature& c, int threads, SampleSums& sums) {
   constexpr int64_t W = kWidth<T>;
-  constexpr int64_t tile_panels = larger(1, kTileBytes / (kRows * W * static_cast<int64_t>(sizeof(T))));
+  constexpr int64_t panel_bytes = kRows * W * static_cast<int64_t>(sizeof(T));
+  constexpr int64_t tile_panels = larger(1, kTileBytes / panel_bytes);
   constexpr int64_t tile_columns = tile_panels * W, tile = kRows * tile_columns;
   const int64_t i = c.i, o = c.o, p = c.p;
-  const int64_t cuts = token_blocks(c.t, p), rows = c.n * cuts, tokens = ceil_div(c.t, cuts);
+  const int64_t cuts = ceil_div(c.t, kRowTokens), rows = c.n * cuts, tokens = ceil_div(c.t, cuts);
   const int64_t i_wide = round_up(i, W), o_wide = round_up(o, kRows);
-  const int64_t tiles_i = ceil_div(i, tile_columns), tiles = tiles_i * ceil_div(o, kRows);
 
+  // A stack is `height` tiles of M one below the other, for `group` samples. Many tokens want a
+  // high stack, which reads a and g from the cache again; few want many samples, which share U.
   const int64_t row_bytes = tokens * (i_wide + o_wide) * static_cast<int64_t>(sizeof(T));
   const int64_t pass = smaller(rows, larger(1, kPassBytes / row_bytes));
-  const int64_t group = smaller(pass, kGroupRows), groups = ceil_div(pass, group);
-  const int64_t parts = smaller(tiles, ceil_div(kUnits, groups));
+  const int64_t group = smaller(pass, tokens >= 64 ? 8 : 32), groups = ceil_div(pass, group);
+  const int64_t tiles_o = ceil_div(o, kRows);
+  const int64_t height = smaller(tiles_o, kHeldTiles / group);
+  const int64_t stacks_i = ceil_div(i, tile_columns);
+  const int64_t stacks = stacks_i * ceil_div(tiles_o, height);
+  const int64_t parts = smaller(stacks, ceil_div(kUnits, groups));
 
   Buffer<T> a_pack(pass * tokens * i_wide), g_pack(pass * tokens * o_wide);
-  const int64_t scratch_size = larger(larger(i, o), group * tile + kDotDirections * tile);
+  const int64_t scratch_size = larger(larger(i, o), (group * height + kDotDirections) * tile);
   Buffer<T> scratch(threads * scratch_size);
   Buffer<double> partial(parts * pass * p);
 
@@ -301,40 +321,61 @@ void contracted(const DirectionalCurvature& c, int threads, SampleSums& sums) {
     parallel_units(groups_here * parts, threads, [&](int64_t unit, int thread) {
       const int64_t part = unit % parts, r0 = unit / parts * group;
       const int64_t samples = smaller(group, here - r0);
-      T* m = scratch.get() + thread * scratch_size;
-      T* u = m + group * tile;
+      T* u = scratch.get() + thread * scratch_size;
+      T* m = u + kDotDirections * tile;  // m[h, s]: tile h of the stack of sample s
       double* q = partial.get() + (part * pass + r0) * p;
       for (int64_t j = 0; j < samples * p; ++j) q[j] = 0.0;
 
-      for (int64_t n = cut(tiles, parts, part); n < cut(tiles, parts, part + 1); ++n) {
-        const int64_t o0 = n / tiles_i * kRows, i0 = n % tiles_i * tile_columns;
-        const int64_t r = smaller(kRows, o - o0), columns = smaller(tile_columns, i - i0);
+      for (int64_t n = cut(stacks, parts, part); n < cut(stacks, parts, part + 1); ++n) {
+        const int64_t h0 = n / stacks_i * height, h1 = smaller(tiles_o, h0 + height);
+        const int64_t i0 = n % stacks_i * tile_columns, columns = smaller(tile_columns, i - i0);
         const int64_t wide = round_up(columns, W);  // row stride within the tile
+
         for (int64_t s = 0; s < samples; ++s) {
           const int64_t row = r0 + s;
           const int64_t count = first_token(row0 + row + 1) - first_token(row0 + row);
           const T* a = a_pack.get() + (row * i_wide + i0) * tokens;
-          const T* g = g_pack.get() + (row * o_wide + o0) * tokens;
-          for (int64_t w = 0; w < wide; w += W)
-            outer_rows<T>(static_cast<int>(r), g, a + w * tokens, count, m + s * tile + w, wide);
-          // Padding must be an exact zero: it is 0 * inf = NaN where g is not finite.
-          if (columns < wide)
-            for (int64_t j = 0; j < r; ++j)
-              for (int64_t k = columns; k < wide; ++k) m[s * tile + j * wide + k] = T(0);
-        }
-        for (int64_t p0 = 0; p0 < p; p0 += kDotDirections) {
-          const int64_t directions = smaller(kDotDirections, p - p0);
-          for (int64_t d = 0; d < directions; ++d)
-            for (int64_t j = 0; j < r; ++j) {
-              T* row = u + d * tile + j * wide;
-              const T* from = widened<T>(c.U, ((p0 + d) * o + o0 + j) * i + i0, columns, row);
-              if (from != row) std::memcpy(row, from, static_cast<size_t>(columns) * sizeof(T));
-              for (int64_t k = columns; k < wide; ++k) row[k] = T(0);
+          const T* g = g_pack.get() + row * o_wide * tokens;
+          for (int64_t t0 = 0; t0 < count; t0 += kDepth) {
+            const int64_t depth = smaller(kDepth, count - t0);
+            for (int64_t h = h0; h < h1; ++h) {
+              const int r = static_cast<int>(smaller(kRows, o - h * kRows));
+              const T* gh = g + h * kRows * tokens + t0 * kRows;
+              T* to = m + ((h - h0) * group + s) * tile;
+              for (int64_t w = 0; w < wide; w += W)
+                outer_rows<T>(r, gh, a + w * tokens + t0 * W, depth, t0 > 0, to + w, wide);
+              // Padding must be an exact zero: it is 0 * inf = NaN where g is not finite.
+              for (int64_t j = 0; columns < wide && j < r; ++j)
+                for (int64_t k = columns; k < wide; ++k) to[j * wide + k] = T(0);
             }
-          for (int64_t s = 0; s < samples; s += kDotSamples)
-            dot_group<T>(static_cast<int>(smaller(kDotSamples, samples - s)),
-                         static_cast<int>(directions), m + s * tile, u, tile, r * wide,
-                         q + s * p + p0, p);
+          }
+        }
+        for (int64_t h = h0; h < h1; ++h) {
+          const int64_t r = smaller(kRows, o - h * kRows);
+          for (int64_t p0 = 0; p0 < p; p0 += kDotDirections) {
+            const int64_t directions = smaller(kDotDirections, p - p0);
+            for (int64_t d = 0; d < directions; ++d)
+              for (int64_t j = 0; j < r; ++j) {
+                T* row = u + d * tile + j * wide;
+                const T* from =
+                    widened<T>(c.U, ((p0 + d) * o + h * kRows + j) * i + i0, columns, row);
+                if (from != row) std::memcpy(row, from, static_cast<size_t>(columns) * sizeof(T));
+                for (int64_t k = columns; k < wide; ++k) row[k] = T(0);
+              }
+            // The tiles of U come from memory; fetch the next ones while these are in use.
+            const int64_t next = smaller(kDotDirections, p - p0 - directions) * r;
+            const int64_t calls = ceil_div(samples, kDotSamples);
+            for (int64_t k = 0; k < calls; ++k) {
+              for (int64_t l = cut(next, calls, k); l < cut(next, calls, k + 1); ++l) {
+                const int64_t d = p0 + directions + l / r, j = h * kRows + l % r;
+                prefetch(c.U, (d * o + j) * i + i0, columns);
+              }
+              const int64_t s = k * kDotSamples;
+              dot_group<T>(static_cast<int>(smaller(kDotSamples, samples - s)),
+                           static_cast<int>(directions), m + ((h - h0) * group + s) * tile, u,
+                           tile, r * wide, q + s * p + p0, p);
+            }
+          }
         }
       }
     });
@@ -355,7 +396,7 @@ void run(const DirectionalCurvature& c) {
   const double flops = 2.0 * static_cast<double>(c.n) * static_cast<double>(c.o * c.i) *
                        static_cast<double>(contract ? c.t + c.p : c.t * c.p);
   const int threads = flops < kSerialFlops || c.threads < 1 ? 1 : c.threads;
-  SampleSums sums(c.p, contract ? token_blocks(c.t, c.p) : c.t);
+  SampleSums sums(c.p, contract ? ceil_div(c.t, kRowTokens) : c.t);
   contract ? contracted<T>(c, threads, sums) : factorised<T>(c, threads, sums);
   for (int64_t j = 0; j < c.p; ++j) c.out[j] = sums.squares(j) / static_cast<double>(c.n);
 }

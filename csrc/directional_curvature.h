@@ -11,9 +11,10 @@
 // bandwidth below some tens of samples, by arithmetic above.
 //
 // Neither form writes an array of n p o elements. Without tokens the product U_p a lives in a
-// register tile and is multiplied by g there; with tokens a tile of M_n lives in the level-one or
-// level-two cache. Scratch is bounded by a constant plus a small multiple of n_pass p (a pass is
-// a bounded number of samples), never by the size of the problem.
+// register tile and is multiplied by g there; with tokens tiles of M_n live in the level-two cache
+// and are used for every direction. Scratch: packed copies of the inputs of one pass, at most
+// 32 MiB or one sample block (of up to 2048 tokens) if that is larger, partial sums of about the
+// same size, and about half a MiB a thread.
 //
 // The result depends on shapes, values and instruction set, never on the number of threads:
 // arithmetic is cut into units by shape, each unit writes its own slot, slots are added in a

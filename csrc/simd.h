@@ -124,4 +124,11 @@ inline const T* widened(const Array& x, int64_t offset, int64_t count, T* scratc
   return scratch;
 }
 
+// Ask for `count` elements of `x` from `offset` ahead of their use.
+inline void prefetch(const Array& x, int64_t offset, int64_t count) {
+  const int64_t size = x.type == Type::f64 ? 8 : x.type == Type::f32 ? 4 : 2;
+  const char* from = static_cast<const char*>(x.data) + offset * size;
+  for (int64_t byte = 0; byte < count * size; byte += 64) __builtin_prefetch(from + byte, 0, 2);
+}
+
 }  // namespace ddf::DDF_ISA

@@ -60,7 +60,7 @@ def problem(
 
 
 # Around every edge of the tiling: register tiles of 6 or 12 rows, panels of 4 to 32 columns, runs
-# of 256, groups of 32 samples, blocks of up to 512; one and two parts; both forms with tokens.
+# of 256, groups of 8 and 32 samples, blocks of up to 512, rows of 2048 tokens; both forms with tokens.
 SHAPES = [
     (1, None, 1, 1, 1),
     (3, None, 5, 7, 2),
@@ -76,6 +76,7 @@ SHAPES = [
     (5, 17, 33, 13, 9),
     (33, 8, 130, 25, 6),
     (1, 40, 257, 25, 11),
+    (9, 70, 140, 110, 3),
     (2, 600, 70, 31, 5),
     (1, 2100, 17, 3, 300),
 ]
