@@ -33,7 +33,8 @@ ZERO = 30.0
 CLEAR = 1000.0
 # Perturbed repetitions: pairs of opposite sign.
 REPLICAS = 4
-# A coefficient is called zero only if its rounding is this far below its size before cancellation.
+# Zeros are accepted only if what rounding could hide is this far below the coefficient found, or
+# below the size coefficients have where the entries of parameters and ray are generic.
 RESOLUTION = 1e-4
 
 
@@ -50,8 +51,8 @@ class RayOrders:
         rounding: (max_order + 1, p): rounding scale of the square root of ``energies``.
         leading: (p,) energies[k] of the order reported, nan where there is none.
         gap: (p,) largest coefficient taken for zero below order k over the coefficient of order
-            k, or over the size coefficients have before they cancel where the ray is flat; small
-            is good, 0 is exact.
+            k; for a flat ray over the size coefficients have at generic entries (one nat where
+            they vanish there too). Small is good, 0 is exact.
         window: (p, 2) radii between which order k dominates the coefficients on either side of
             it (those taken for zero entering at the size they could have).
         kinks: (p,) elements of the network exactly on a kink whose branch the ray decides.
@@ -298,7 +299,7 @@ class _Reader:
         """Change of the coefficients under errors of norm ``radius`` of the unit direction."""
         generator = torch.Generator().manual_seed(0)
         worst = torch.zeros_like(exact.size)
-        for _ in range(2):
+        for _ in range(4):
             noise = {}
             for name, like in self.program.parameters.items():
                 count = next(iter(rays.values())).shape[0]
@@ -328,24 +329,37 @@ class _Decision:
 
 
 def _decide(size: Tensor, rounding: Tensor, scale: Tensor) -> _Decision:
-    hidden = gap = 0.0
     for q in range(1, size.shape[0]):
-        s, r, natural = float(size[q]), float(rounding[q]), float(scale[q])
+        s, r = float(size[q]), float(rounding[q])
         if not (math.isfinite(s) and math.isfinite(r)):
             text = f"the coefficient of t^{q} is not finite (a singular operation, as sqrt at 0)"
             return _Decision(math.nan, math.nan, text)
         if s > CLEAR * r:
-            return _Decision(q, hidden / s)
+            return _accept(size, rounding, scale, q)
         if s > ZERO * r:
             text = f"the coefficient of t^{q}, {s:.1e}, is only {s / r:.0f} times its rounding"
             return _Decision(math.nan, math.nan, text)
-        if ZERO * r > RESOLUTION * natural:
-            share = f"{ZERO * r / natural:.0e} of" if natural else "more than"
-            text = f"rounding hides a coefficient of t^{q} of {share} its size elsewhere"
-            return _Decision(math.nan, math.nan, text)
-        hidden = max(hidden, s)
-        gap = max(gap, s / natural if natural else 0.0)
-    return _Decision(math.inf, gap)
+    return _accept(size, rounding, scale, math.inf)
+
+
+def _accept(size: Tensor, rounding: Tensor, scale: Tensor, order: float) -> _Decision:
+    """Check that what lies below the order is zero on a scale that means something."""
+    gap = 0.0
+    last = size.shape[0] if math.isinf(order) else int(order)
+    found = 0.0 if math.isinf(order) else float(size[last])
+    for q in range(1, last):
+        s, r, natural = float(size[q]), float(rounding[q]), float(scale[q])
+        reference = max(natural, found)
+        if not found and natural <= CLEAR * r:
+            # Zero for all values of the entries, an identity of the model: compare with one nat.
+            reference = 1.0
+        if ZERO * r > RESOLUTION * reference:
+            text = f"rounding hides a coefficient of t^{q} of up to {ZERO * r:.1e}"
+            return _Decision(
+                math.nan, math.nan, f"{text} (coefficients are of size {reference:.1e})"
+            )
+        gap = max(gap, s / (found or reference))
+    return _Decision(order, gap)
 
 
 def _window(size: Tensor, rounding: Tensor, order: float) -> tuple[float, float]:
@@ -375,11 +389,6 @@ def _say(decision: _Decision, max_order: int) -> str:
     return f"order {int(decision.order)}"
 
 
-def _share(decision: _Decision) -> str:
-    # An exact zero is still compared: "0 of its own".
-    return f"{decision.gap:.0e} of" if decision.gap else "0 of"
-
-
 def _verdict(
     plus: _Decision, minus: _Decision, window: tuple[float, float], kinks: int, max_order: int
 ) -> str:
@@ -390,10 +399,11 @@ def _verdict(
     text = _say(plus, max_order)
     if plus.reason:
         return text
-    if math.isinf(plus.order):
-        text += f"; coefficients are {_share(plus)} their size at generic entries"
-    elif plus.order > 1:
-        text += f"; lower coefficients are {_share(plus)} its own"
+    if plus.order > 1:
+        which = "all" if math.isinf(plus.order) else "lower"
+        of = "their generic size" if math.isinf(plus.order) else "it"
+        text += f"; {which} coefficients "
+        text += f"below {2 * plus.gap:.0e} of {of}" if plus.gap else "vanish"
     if window[1] < _TINY:
         text += f"; rules below t = {window[1]:.0e} only, higher terms beyond"
     if kinks:
