@@ -634,11 +634,10 @@ def _note_kink(ctx: Context, name: str, distance: Tensor, dot: Tensor) -> None:
 @_rule("relu")
 def _relu(ctx: Context, op: Any, x: Any) -> Any:
     _note_kink(ctx, "relu", x.base, x.dot)
-    # relu(a + d) - relu(a) = max(d, -a) + min(a, 0)
+    # relu(a + d) - relu(a) = max(d, -a) + min(a, 0), and relu(a + d) = max(d, -a) + a exactly at 0
     delta = torch.maximum(x.delta, -x.base)
-    live = delta > -x.base
-    delta += x.base.clamp(max=0)
-    return Dual(op(x.base), delta, x.dot * live)
+    dot = aten.threshold_backward(x.dot, delta + x.base, 0)
+    return Dual(op(x.base), delta.add_(x.base.clamp(max=0)), dot)
 
 
 @_rule("clamp", "clamp_min", "clamp_max", "hardtanh")

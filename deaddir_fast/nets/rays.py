@@ -25,9 +25,10 @@ from deaddir_fast.nets.weights import Directions, Points, RankOne, check_directi
 
 KINDS = ("exact", "mc", "empirical")
 
-# Samples per chunk on a CPU: small enough that the allocator reuses warm memory.
-_CPU_WORKING_SET = 96 << 20
-_FEWEST_SAMPLES = 16
+# Bytes of one pass on a CPU, small enough to stay in cache and in memory the allocator reuses.
+# Full-rank directions form W0 + r U once per pass, which more samples have to pay for.
+_CPU_WORKING_SET = {"low": 24 << 20, "full": 192 << 20}
+_FEWEST_SAMPLES = {"low": 16, "full": 256}
 
 
 @dataclass(frozen=True)
@@ -173,17 +174,23 @@ def _default_budget(device: torch.device) -> int:
 
 
 def _plan(
-    n: int, p: int, r: int, per_point: float, shared: float, budget: int, target: int
+    n: int,
+    p: int,
+    r: int,
+    per_point: float,
+    shared: float,
+    budget: int,
+    target: int,
+    fewest: int,
 ) -> tuple[int, int, int]:
     """Chunk sizes (samples, directions, radii) from bytes per (sample, point) and per sample."""
-    points = p * r
-    few = min(n, _FEWEST_SAMPLES)
-    samples = int(target / (points * per_point + shared))
+    few = min(n, fewest)
+    samples = int(target / (p * r * per_point + shared))
     if samples >= few:
-        return min(samples, n), p, r
-    points = int((budget / few - shared) / per_point)
+        return _divisor(n, samples), p, r
+    points = int((max(target, min(budget, r * few * per_point)) / few - shared) / per_point)
     if points < 1:
-        few = int(budget / (per_point + shared))
+        few = min(n, int(budget / (per_point + shared)))
         points = 1
     if few < 1:
         need = int(per_point + shared) + 1
@@ -191,6 +198,15 @@ def _plan(
     if points < r:
         return few, 1, points
     return few, min(points // r, p), r
+
+
+def _divisor(n: int, largest: int) -> int:
+    """A chunk size that cuts n evenly if one is near ``largest``: every size is one capture."""
+    largest = min(n, largest)
+    for size in range(largest, largest * 2 // 3, -1):
+        if n % size == 0:
+            return size
+    return largest
 
 
 def _even(total: int, largest: int) -> list[tuple[int, int]]:
@@ -427,8 +443,13 @@ def _read(
     per_point, shared = (x / few for x in dual.working_bytes(probe, set(rays.slices)))
     per_point += 8 * 6 * (z.numel() // few)
     on_cpu = z.device.type == "cpu"
-    target = min(budget, _CPU_WORKING_SET) if on_cpu else budget
-    samples, some, radii_at_once = _plan(n, p, r, per_point, shared, budget, target)
+    full = any(
+        bool((kind == 2).any()) for k, kind in rays.kinds.items() if probe.parameters[k].ndim > 1
+    )
+    structure = "full" if full else "low"
+    target = min(budget, _CPU_WORKING_SET[structure]) if on_cpu else budget
+    fewest = _FEWEST_SAMPLES[structure]
+    samples, some, radii_at_once = _plan(n, p, r, per_point, shared, budget, target, fewest)
     if targets is not None:
         targets = _check_targets(targets, z, n, lik)
     noise = _noise(lik, z, n, draws, seed) if kind == "mc" else []
