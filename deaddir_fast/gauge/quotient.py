@@ -46,7 +46,10 @@ def _basis(cluster: Sequence[Gauge], state: State, tolerance: float | None) -> T
     matrix = matrix[lengths > 0] / lengths[lengths > 0, None]
     if not matrix.shape[0]:
         return matrix
-    _, sizes, basis = torch.linalg.svd(matrix, full_matrices=False)
+    # A QR first: as accurate, and the SVD then costs nothing where parameters are many.
+    orthogonal, triangle = torch.linalg.qr(matrix.mT)
+    left, sizes, _ = torch.linalg.svd(triangle, full_matrices=False)
+    basis = (orthogonal @ left).mT
     if tolerance is None:
         tolerance = max(matrix.shape) * torch.finfo(matrix.dtype).eps
     return basis[sizes > tolerance * sizes[0]]

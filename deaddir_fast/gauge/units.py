@@ -8,6 +8,7 @@ of diagonal symmetries. Variable 0 is the constant zero.
 from __future__ import annotations
 
 import itertools
+from collections import defaultdict
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from fractions import Fraction
@@ -263,6 +264,7 @@ def _components(equations: list[dict[int, Fraction]], count: int) -> list[list[d
 def _null_space(count: int, equations: list[Mapping[int, Fraction]]) -> list[dict[int, int]]:
     """Integer basis of the null space by exact elimination; early variables are kept free."""
     pivots: dict[int, dict[int, Fraction]] = {}
+    holders: dict[int, set[int]] = defaultdict(set)  # variable -> leads of rows it may occur in
     for equation in equations:
         row = dict(equation)
         for v in sorted(row, reverse=True):
@@ -273,18 +275,22 @@ def _null_space(count: int, equations: list[Mapping[int, Fraction]]) -> list[dic
             continue
         lead = max(row)
         row = {v: a / row[lead] for v, a in row.items()}
-        for other in pivots.values():
-            if other.get(lead):
-                _subtract(other, row, other[lead])
+        for other in holders.pop(lead, set()):
+            if pivots[other].get(lead):
+                _subtract(pivots[other], row, pivots[other][lead])
+                for v in row:
+                    holders[v].add(other)
         pivots[lead] = row
+        for v in row:
+            holders[v].add(lead)
     basis = []
     for free in range(count):
         if free in pivots:
             continue
         vector = {free: Fraction(1)}
-        for lead, row in pivots.items():
-            if row.get(free):
-                vector[lead] = -row[free]
+        for lead in holders[free]:
+            if pivots[lead].get(free):
+                vector[lead] = -pivots[lead][free]
         denominator = int(np.lcm.reduce([a.denominator for a in vector.values()]))
         scaled = {v: int(a * denominator) for v, a in vector.items()}
         divisor = int(np.gcd.reduce([abs(a) for a in scaled.values()]))

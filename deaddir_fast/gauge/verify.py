@@ -122,8 +122,8 @@ class Verifier:
             for gradient in gradients:
                 parts = [tangent[k] * gradient[k] for k in tangent if k in gradient]
                 total = sum(float(p.sum()) for p in parts)
-                length = sum(float(v.square().sum()) for v in tangent.values()) ** 0.5
-                slope = sum(float(g.square().sum()) for g in gradient.values()) ** 0.5
+                length = sum(float(v.norm()) for v in tangent.values())
+                slope = sum(float(g.norm()) for g in gradient.values())
                 size = max(sum(float(p.abs().sum()) for p in parts), length * slope)
                 if not abs(total) <= self._tolerance * max(size, 1e-30):
                     return (
