@@ -19,16 +19,18 @@ from typing import Any
 import torch
 import triton
 import triton.language as tl
+from torch import Tensor
+
 from deaddir_fast.kernels import interpreted
 from deaddir_fast.kernels._case import Case
-from torch import Tensor
 
 
 @triton.jit
 def triangle(t):
     """Row and column of entry ``t`` (int64) of a lower triangle counted row by row."""
     row = ((tl.sqrt(8.0 * t.to(tl.float32) + 1.0) - 1.0) * 0.5).to(tl.int64)
-    # The fp32 root is off by less than one row up to 2^25 rows; integers settle it.
+    # A grid has fewer than 2^31 tiles; there the fp32 root is off by less than one row (up to
+    # 2^22 rows), and integers settle it.
     row = tl.where(row * (row + 1) // 2 > t, row - 1, row)
     row = tl.where((row + 1) * (row + 2) // 2 <= t, row + 1, row)
     return row, t - row * (row + 1) // 2
@@ -64,7 +66,7 @@ def gram_kernel(
     inside_column = first_column + r < i
     total = tl.zeros((BLOCK, BLOCK), TOTAL)
     for start in range(0, n, DEPTH):
-        line = x_ptr + start.to(tl.int64) * x_stride
+        line = x_ptr + tl.cast(start, tl.int64) * x_stride
         offset = d[:, None] * x_stride + r[None, :]
         live = d < n - start
         left = tl.load(
