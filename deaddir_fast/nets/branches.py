@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from deaddir_fast.nets.series import Series
+from deaddir_fast.nets.series import Coefficient, Series
 
 
 def any_true(mask: Tensor) -> bool:
@@ -96,7 +96,7 @@ def select(mask: Tensor, a: Series, b: Series) -> Series:
     """``a`` where the mask holds, ``b`` elsewhere."""
     shape = torch.broadcast_shapes(mask.shape, a.base.shape, b.base.shape)
     zero = torch.zeros((), dtype=a.base.dtype, device=a.base.device)
-    out = []
+    out: list[Coefficient] = []
     for x, y in zip(a.c, b.c, strict=True):
         if x is None and y is None:
             out.append(None)

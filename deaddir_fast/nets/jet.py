@@ -19,14 +19,9 @@ from torch import Tensor, fx, nn
 from deaddir_fast import _check
 from deaddir_fast.nets import graph as capturing
 from deaddir_fast.nets.branches import Branches
-from deaddir_fast.nets.jet_rules import (
-    RULES,
-    Context,
-    check_derivative,
-    propagate,
-    short_name,
-    uses_series,
-)
+from deaddir_fast.nets.jet_context import Context, short_name, uses_series
+from deaddir_fast.nets.jet_fallback import check_derivative
+from deaddir_fast.nets.jet_rules import RULES, propagate
 from deaddir_fast.nets.series import Series
 
 aten = torch.ops.aten

@@ -292,15 +292,10 @@ def power(u: Series, exponent: float) -> Series:
 def _whole_power(u: Series, n: int) -> Series:
     if n == 0:
         return constant(torch.ones_like(u.base), u.order)
-    result: Series | None = None
-    factor = u
-    while True:
-        if n & 1:
-            result = factor if result is None else multiply(result, factor)
-        n >>= 1
-        if not n:
-            return result
-        factor = square(factor)
+    if n == 1:
+        return u
+    half = square(_whole_power(u, n // 2))
+    return multiply(half, u) if n % 2 else half
 
 
 def flow_power(u: Series, start: Tensor, exponent: float) -> Series:
@@ -384,18 +379,21 @@ def log_softmax(u: Series, dim: int) -> Series:
     return Series(out)
 
 
+def _narrow(u: Series, dim: int, start: int, size: int) -> Series:
+    return u.map(lambda x: x.narrow(dim, start, size))
+
+
 def product(u: Series, dim: int) -> Series:
     """Product over one dimension, halving it each time."""
     while u.base.shape[dim] > 1:
         size = u.base.shape[dim]
         half = size // 2
         pair = multiply(
-            u.map(lambda x, h=half: x.narrow(dim, 0, h)),
-            u.map(lambda x, h=half: x.narrow(dim, h, h)),
+            _narrow(u, dim, 0, half),
+            _narrow(u, dim, half, half),
         )
         if size % 2:
-            rest = u.map(lambda x, s=size: x.narrow(dim, s - 1, 1))
-            u = linear(lambda a, b: torch.cat([a, b], dim), pair, rest)
+            u = linear(lambda a, b: torch.cat([a, b], dim), pair, _narrow(u, dim, size - 1, 1))
         else:
             u = pair
     return u

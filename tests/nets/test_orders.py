@@ -123,15 +123,17 @@ def mixture(*parts: tuple[Tensor | float, Tensor]) -> Tensor:
 
 
 def test_mixture_anchors() -> None:
-    cases = [
-        (lambda b: mixture((0.5, normal(-b)), (0.5, normal(b))), 2, 1 / 4),
-        (
-            lambda b: mixture((1 / 3, normal(2 * b, 1 - 2 * b * b)), (2 / 3, normal(-b, 1 - 2 * b * b))),
-            3,
-            1 / 3,
-        ),
-        (lambda b: mixture((0.5, normal(b, 1 - b * b)), (0.5, normal(-b, 1 - b * b))), 4, 1 / 12),
-    ]  # fmt: skip
+    def two(b: Tensor) -> Tensor:
+        return mixture((0.5, normal(-b)), (0.5, normal(b)))
+
+    def third_cumulant(b: Tensor) -> Tensor:
+        left = 1 - 2 * b * b
+        return mixture((1 / 3, normal(2 * b, left)), (2 / 3, normal(-b, left)))
+
+    def fourth_cumulant(b: Tensor) -> Tensor:
+        return mixture((0.5, normal(b, 1 - b * b)), (0.5, normal(-b, 1 - b * b)))
+
+    cases = [(two, 2, 1 / 4), (third_cumulant, 3, 1 / 3), (fourth_cumulant, 4, 1 / 12)]
     for density, order, constant in cases:
         r = read(lambda w, f=density: f(w[0]), [0.0], [[1.0]], "categorical", max_order=5)
         assert r.tolist() == [order]

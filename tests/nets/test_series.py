@@ -13,7 +13,7 @@ from deaddir_fast.nets import series as ts
 from deaddir_fast.nets.series import Series
 
 torch.set_num_threads(1)
-ORDER = 7
+ORDER = 5
 
 
 def nested(function: Callable[[Tensor], Tensor], coefficients: Tensor) -> Tensor:
@@ -94,15 +94,20 @@ def test_zero_coefficients_may_be_left_out(name: str) -> None:
     assert torch.allclose(filled(rule(sparse)), filled(rule(dense)), rtol=1e-13, atol=1e-14)
 
 
-def test_known_expansions() -> None:
-    t = Series([torch.zeros(1, dtype=torch.float64), torch.ones(1, dtype=torch.float64)])
-    t.c += [None] * (ORDER - 1)
-    tangent = [0, 1, 0, -1 / 3, 0, 2 / 15, 0, -17 / 315]
+def test_known_expansions_to_order_nine() -> None:
+    t = Series([torch.zeros(1).double(), torch.ones(1).double()] + [None] * 8)
+    tangent = [0, 1, 0, -1 / 3, 0, 2 / 15, 0, -17 / 315, 0, 62 / 2835]
     assert torch.allclose(filled(ts.tanh(t))[:, 0], torch.tensor(tangent).double(), atol=1e-15)
-    exponential = torch.tensor([1 / math.factorial(q) for q in range(ORDER + 1)]).double()
+    exponential = torch.tensor([1 / math.factorial(q) for q in range(10)]).double()
     assert torch.allclose(filled(ts.exp(t))[:, 0], exponential, atol=1e-16)
     geometric = filled(ts.reciprocal(t.with_base(t.base + 1)))[:, 0]
-    assert torch.equal(geometric, torch.tensor([1.0, -1.0] * 4).double())
+    assert torch.equal(geometric, torch.tensor([1.0, -1.0] * 5).double())
+    root = [1, 1 / 2, -1 / 8, 1 / 16, -5 / 128, 7 / 256, -21 / 1024, 33 / 2048, -429 / 32768]
+    series = filled(ts.sqrt(t.with_base(t.base + 1)))[:9, 0]
+    assert torch.allclose(series, torch.tensor(root).double(), rtol=1e-14)
+    error = [0, 1, 0, -1 / 3, 0, 1 / 10, 0, -1 / 42, 0, 1 / 216]
+    expected = torch.tensor(error).double() * (2 / math.sqrt(math.pi))
+    assert torch.allclose(filled(ts.erf(t))[:, 0], expected, atol=1e-16)
 
 
 def test_whole_powers_hold_at_zero() -> None:
