@@ -34,11 +34,10 @@ def tensor(
     dtypes: Sequence[torch.dtype] = FLOATING,
 ) -> Tensor:
     """Check that ``value`` is a tensor of one of ``dtypes`` with one of the allowed ranks."""
-    names = ", ".join(str(d).removeprefix("torch.") for d in dtypes)
     if not isinstance(value, Tensor):
-        raise fail(argument, value, f"a tensor ({names})", TypeError)
+        raise fail(argument, value, f"a tensor ({_names(dtypes)})", TypeError)
     if value.dtype not in dtypes:
-        raise fail(argument, value, f"dtype {names}", TypeError)
+        raise fail(argument, value, f"dtype {_names(dtypes)}", TypeError)
     if value.layout != torch.strided:
         raise fail(argument, value, "a dense (strided) tensor", TypeError)
     if ndim is not None:
@@ -47,6 +46,10 @@ def tensor(
             ranks = " or ".join(str(r) for r in allowed)
             raise fail(argument, value, f"{ranks} dimensions")
     return value
+
+
+def _names(dtypes: Sequence[torch.dtype]) -> str:
+    return ", ".join(str(d).removeprefix("torch.") for d in dtypes)
 
 
 def size(argument: str, value: Tensor, dim: int, expected: int, why: str) -> None:

@@ -9,6 +9,8 @@ reference.
 from __future__ import annotations
 
 from contextvars import ContextVar
+from functools import cache
+from importlib.util import find_spec
 from types import TracebackType
 from typing import overload
 
@@ -93,11 +95,17 @@ def unavailable(route: str) -> str | None:
     return None
 
 
+@cache
+def _importable(module: str) -> bool:
+    return find_spec(module) is not None
+
+
 def _triton_problem() -> str | None:
-    try:
-        from deaddir_fast.kernels import interpreted
-    except ImportError as error:
-        return f"the Triton kernels cannot be imported ({error})"
+    for module in ("triton", "deaddir_fast.kernels"):
+        if not _importable(module):
+            return f"{module} is not installed"
+    from deaddir_fast.kernels import interpreted
+
     if interpreted() or torch.cuda.is_available():
         return None
     return (

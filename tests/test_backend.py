@@ -103,6 +103,13 @@ def test_triton_needs_a_gpu_or_the_interpreter():
         backend("triton")
 
 
+def test_triton_is_optional(monkeypatch):
+    monkeypatch.setattr(deaddir_fast.backend, "_importable", lambda module: module != "triton")
+    with pytest.raises(RuntimeError, match=r"'triton' cannot run here: triton is not installed"):
+        backend("triton")
+    assert routes()["gram"]["triton"] == "triton is not installed"
+
+
 def test_a_forced_route_refuses_what_it_cannot_take(monkeypatch):
     monkeypatch.setattr(deaddir_fast.backend, "_triton_problem", lambda: None)
     monkeypatch.setattr("deaddir_fast.kernels.INTERPRETED", False)

@@ -14,7 +14,7 @@ from deaddir_fast.ops._dispatch import Kernel
 
 def _problem(*args: Any) -> str | None:
     for value in args:
-        if isinstance(value, Tensor) and value.device.type != "cpu":
+        if isinstance(value, Tensor) and not value.is_cpu:
             return f"its tensors are on {value.device} and the C++ kernels read CPU memory"
     return None
 

@@ -53,10 +53,10 @@ def _write(
         beta,
         packed=packed,
     )
-    if target is out:  # written through a raw pointer, which torch does not see
-        torch.autograd.graph.increment_version(out)
-    else:
+    if target is not out:
         out.copy_(target)
+    elif not out.is_inference():  # written through a raw pointer, which torch does not see
+        torch.autograd.graph.increment_version(out)
 
 
 def _gram(x: Tensor, weight: Tensor | None, alpha: float) -> Tensor:

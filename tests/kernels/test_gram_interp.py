@@ -164,6 +164,13 @@ def test_the_public_function_on_the_triton_route(weighted):
         assert np.abs(to_numpy(packed - gram_packed(x, weight=weight))).max() <= 1e-13
 
 
+def test_inference_tensors():
+    with backend("triton"), torch.inference_mode():
+        x, out = torch.randn(9, 5), torch.zeros(5, 5)
+        gram(x, out=out)
+        assert_rms(out, truth(x, None, out, 1.0, 0.0), 1e-6)
+
+
 def test_registered_operator_over_the_kernel():
     with backend("triton"):
         x, weight = torch.randn(9, 5), torch.rand(9)
