@@ -1,0 +1,241 @@
+"""``dead_directions``: the null space of the exact Fisher, classified."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from deaddir_fast import _check, gauge
+from deaddir_fast.reading.dead_space import DeadSpace, explore
+from deaddir_fast.reading.local import LocalModel
+from deaddir_fast.theory.local_rlct import flag
+from deaddir_fast.theory.threshold import Undecided
+
+DENSE_LIMIT = 4096  # parameters up to which the null space is computed densely
+BATCH = 128  # directions whose jets are taken together
+
+
+@dataclass(frozen=True)
+class DeadDirections:
+    """An orthonormal basis of the null space of the exact Fisher, each vector classified.
+
+    Attributes:
+        directions: {parameter name: (q, *shape)}: gauge first, then singular, then fibre.
+        kinds: per direction ``"gauge"`` (tangent to a symmetry orbit), ``"fibre"`` (K stays zero
+            after relaxing the live coordinates), ``"singular"`` (K grows with a finite order) or
+            ``"unresolved"``.
+        orders: (q,) KL order after relaxing; inf on gauge and fibre, NaN where unresolved.
+        line_orders: (q,) KL order of the straight line; finite on a tangent of a curved fibre.
+        rank: number of live directions.
+        dimension: number of parameters.
+        samples: number of inputs.
+        rows: number of output equations (n·t·c), an upper limit of the rank.
+        rank_half: rank from every second sample; smaller than ``rank`` while the rank still grows
+            with data. None for a single sample.
+        singular_values: (min(rows, d),) of the whitened Jacobian; squares are Fisher eigenvalues.
+        tolerance: singular values below it count as zero.
+        gap: smallest live over largest dead singular value.
+        ambiguous: number of singular values too close to the tolerance to call.
+        gauges: names of the symmetries found.
+        verdict: ``"resolved"`` or why not.
+        notes: remarks.
+    """
+
+    directions: dict[str, Tensor]
+    kinds: tuple[str, ...]
+    orders: Tensor
+    line_orders: Tensor
+    rank: int
+    dimension: int
+    samples: int
+    rows: int
+    rank_half: int | None
+    singular_values: Tensor
+    tolerance: float
+    gap: float
+    ambiguous: int
+    gauges: tuple[str, ...]
+    verdict: str
+    notes: tuple[str, ...] = field(default=())
+
+    def __len__(self) -> int:
+        return len(self.kinds)
+
+    def count(self, kind: str) -> int:
+        """Number of directions of one kind."""
+        return self.kinds.count(kind)
+
+    def select(self, index: Any) -> dict[str, Tensor]:
+        """Some of the directions, {name: (p, *shape)}; ``index`` as for a tensor."""
+        return {name: value[index] for name, value in self.directions.items()}
+
+
+def half_rank(local: LocalModel) -> int | None:
+    """Rank of the whitened Jacobian on every second sample; None for one sample."""
+    if local.samples < 2:
+        return None
+    blocks = local.jacobian.reshape(local.samples, -1, local.space.dimension)
+    half = blocks[::2].reshape(-1, local.space.dimension)
+    values = torch.linalg.svdvals(half)
+    # The rows are scaled by 1/√n of all samples: the tolerance carries over within √2.
+    return int((values > local.spectrum.tolerance).sum())
+
+
+def measured_orders(
+    local: LocalModel, vectors: Tensor, max_order: int
+) -> tuple[list[float | None], list[float | None]]:
+    """Relaxed and straight-line KL orders of (p, d) vectors."""
+    relaxed: list[float | None] = []
+    straight: list[float | None] = []
+    for start in range(0, vectors.shape[0], BATCH):
+        jets = local.relaxed_jets(vectors[start : start + BATCH], max_order)
+        relaxed += jets.orders()
+        straight += jets.orders(straight=True)
+    return relaxed, straight
+
+
+def flag_basis(space: DeadSpace) -> tuple[Tensor, list[float]] | None:
+    """``rest`` in coordinates adapted to the flag of orders, with the order of each column."""
+    if space.germ is None:
+        return None
+    try:
+        blocks = flag(space.germ)
+    except Undecided:
+        return None
+    if blocks is None:
+        return None
+    basis = torch.from_numpy(np.concatenate([b for b, _ in blocks], axis=1))
+    orders = [float(k) if k else float("inf") for b, k in blocks for _ in range(b.shape[1])]
+    return space.rest @ basis, orders
+
+
+def classify(
+    local: LocalModel, space: DeadSpace, max_order: int
+) -> tuple[Tensor, list[str], list[float], list[float]]:
+    """Basis (q, d), kinds, relaxed orders and line orders of the whole dead space."""
+    nan, inf = float("nan"), float("inf")
+
+    def plain(values: list[float | None]) -> list[float]:
+        return [nan if v is None else v for v in values]
+
+    gauge_vectors = space.orbit.T
+    kinds = ["gauge"] * gauge_vectors.shape[0]
+    orders = [inf] * len(kinds)
+    lines = plain(measured_orders(local, gauge_vectors, max_order)[1]) if kinds else []
+    rest = space.rest.T
+    if rest.shape[0] == 0:
+        return gauge_vectors, kinds, orders, lines
+    adapted = flag_basis(space)
+    own: list[float]
+    if adapted is not None:
+        rest, own = adapted[0].T, adapted[1]
+        straight = plain(measured_orders(local, rest, max_order)[1])
+    elif space.kinked:
+        own = [nan] * rest.shape[0]
+        straight = own
+    else:
+        relaxed, on_line = measured_orders(local, rest, max_order)
+        own, straight = plain(relaxed), plain(on_line)
+        if space.order is None:
+            own = [nan if k == inf else k for k in own]
+        elif space.order != inf:
+            # A flat direction in a space that is not flat may cross singular ones.
+            own = [nan if k == inf else k for k in own]
+    names = ["fibre" if k == inf else "unresolved" if k != k else "singular" for k in own]
+    ranking = sorted(
+        range(len(own)), key=lambda i: ("singular", "unresolved", "fibre").index(names[i])
+    )
+    return (
+        torch.cat([gauge_vectors, rest[ranking]]),
+        kinds + [names[i] for i in ranking],
+        orders + [own[i] for i in ranking],
+        lines + [straight[i] for i in ranking],
+    )
+
+
+def spectrum_verdict(local: LocalModel) -> str | None:
+    """Why the rank is not certain, or None."""
+    split = local.spectrum
+    if split.ambiguous:
+        return (
+            f"no gap in the spectrum: {split.ambiguous} singular value"
+            f"{'s lie' if split.ambiguous > 1 else ' lies'} between rounding "
+            f"({split.tolerance:.1e}) and {split.clear:.1e}"
+        )
+    return None
+
+
+def dead_directions(
+    model: nn.Module,
+    inputs: Any,
+    *,
+    likelihood: Any = "categorical",
+    max_order: int = 8,
+) -> DeadDirections:
+    """Null space of the exact Fisher at the model's parameters, each direction classified.
+
+    The model's own distribution is the truth (K = 0 at θ0). Readings are in fp64 on a copy. The
+    null space is taken from the singular values of the whitened Jacobian with a stated tolerance;
+    gauge directions come from verified symmetries (``dd.gauge.find``); every other direction is
+    read after relaxing the live coordinates (Morse splitting), where a tangent of a curved fibre
+    becomes flat and a truly singular direction keeps its KL order ("Dead Directions", arXiv
+    2606.05957, definition 1; the relaxed reading is our choice).
+
+    Args:
+        model: any module in evaluation mode, with at most 4096 parameters.
+        inputs: tensor, tuple or dict; samples lead.
+        likelihood: ``"categorical"``, ``"gaussian"``, ``"bernoulli"``, ``"poisson"`` or a
+            ``Likelihood``.
+        max_order: highest KL order looked for; a direction flat to that order counts as fibre.
+
+    Raises:
+        ValueError: for a model in training mode, NaN parameters or outputs, empty inputs, or too
+            many parameters for the dense null space.
+    """
+    local = open_local(model, inputs, likelihood, max_order)
+    space = explore(local, max_order, gauges=gauge.find(local.model, local.inputs))
+    vectors, kinds, orders, lines = classify(local, space, max_order)
+    split = local.spectrum
+    reasons = [spectrum_verdict(local)]
+    if space.kinked or space.order is None:
+        reasons.append(space.reason)
+    elif "unresolved" in kinds:
+        unclear = kinds.count("unresolved")
+        reasons.append(space.reason or f"{unclear} directions lie on no block of one order")
+    why = "; ".join(r for r in reasons if r)
+    return DeadDirections(
+        directions=local.space.directions(vectors),
+        kinds=tuple(kinds),
+        orders=torch.tensor(orders, dtype=torch.float64),
+        line_orders=torch.tensor(lines, dtype=torch.float64),
+        rank=split.rank,
+        dimension=local.space.dimension,
+        samples=local.samples,
+        rows=split.rows,
+        rank_half=half_rank(local),
+        singular_values=split.values,
+        tolerance=split.tolerance,
+        gap=split.gap,
+        ambiguous=split.ambiguous,
+        gauges=space.gauges,
+        verdict=f"unresolved: {why}" if why else "resolved",
+        notes=space.notes,
+    )
+
+
+def open_local(model: nn.Module, inputs: Any, likelihood: Any, max_order: int) -> LocalModel:
+    """Check the arguments every local reading shares."""
+    if not isinstance(model, nn.Module):
+        raise _check.fail("model", model, "a torch.nn.Module", TypeError)
+    if not isinstance(max_order, int) or max_order < 2:
+        raise _check.fail("max_order", max_order, "an integer >= 2")
+    size = sum(p.numel() for p in model.parameters())
+    if size > DENSE_LIMIT:
+        raise ValueError(
+            f"model: expected at most {DENSE_LIMIT} parameters for a dense null space, got {size}"
+        )
+    return LocalModel(model, inputs, likelihood)

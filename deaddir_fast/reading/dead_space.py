@@ -1,0 +1,268 @@
+"""What the dead space of a local model holds: gauge orbits, fibre, and singular directions."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from deaddir_fast import gauge
+from deaddir_fast.reading.local import MARGIN, LocalModel, RelaxedJets
+from deaddir_fast.theory.germ import Germ, count, fit_germ
+
+PROBES = 6  # random dead directions that decide flatness and the generic order
+GERM_VARIABLES = 6  # the Taylor polynomial is taken in at most this many dead variables
+GERM_MONOMIALS = 250  # and with at most this many monomials of one degree
+GERM_NOISE = 1e-7  # Taylor coefficients with more relative rounding than this are not used
+KINK_MISFIT = 1e-6  # a germ that fits worse than this is not a polynomial: a kink
+DISTANCES = (0.3, 0.1, 0.03, 0.01)  # where flatness is looked at, in units of parameter space
+
+
+@dataclass(frozen=True)
+class DeadSpace:
+    """The null space of the exact Fisher, split and measured.
+
+    Attributes:
+        orbit: (d, γ) orthonormal gauge orbit tangents; K is constant along them.
+        rest: (d, μ) orthonormal complement of the orbit in the dead space, coordinate axes first.
+        axes: number of leading columns of ``rest`` that are coordinate axes.
+        gauges: names of the gauges found.
+        order: generic KL order in ``rest`` after relaxing; inf where flat, None where unclear.
+        germ: Taylor polynomial of the relaxed outputs on ``rest``, in units of ``radius``; None
+            where flat, unclear or too large.
+        radius: parameter distance at which the coefficients of the germ are balanced.
+        kinked: the point sits on a kink that these directions leave.
+        reason: why the germ is missing, if it is.
+        magnitude: (order+1,) largest straight-line coefficient of each degree among the probes.
+        notes: remarks of the jets.
+    """
+
+    orbit: Tensor
+    rest: Tensor
+    axes: int
+    gauges: tuple[str, ...]
+    order: float | None
+    germ: Germ | None
+    radius: float
+    kinked: bool
+    reason: str
+    magnitude: Tensor
+    notes: tuple[str, ...]
+
+
+def orbit_tangents(local: LocalModel, found: Sequence[gauge.Gauge]) -> tuple[Tensor, list[str]]:
+    """(d, γ) orthonormal tangents of the gauges that the likelihood has, inside the dead space."""
+    kept = [g for g in found if g.likelihood in (None, local.likelihood.name)]
+    empty = torch.zeros(local.space.dimension, 0, dtype=torch.float64)
+    if not kept:
+        return empty, []
+    blocks = []
+    for g in kept:
+        tangents = g.tangents(local.state)
+        blocks.append(local.space.vectors(tangents, g.dimension, local.theta))
+    rows = torch.cat(blocks)
+    sizes = rows.norm(dim=1, keepdim=True)
+    rows = rows[sizes[:, 0] > 0] / sizes[sizes[:, 0] > 0]
+    if rows.shape[0] == 0:
+        return empty, [g.name for g in kept]
+    _, values, axes = torch.linalg.svd(rows, full_matrices=False)
+    basis = axes[values > 1e-10 * values[0]].T
+    # What is not dead on these inputs to rounding does not belong to an orbit.
+    dead = local.spectrum.dead
+    inside = dead @ (dead.T @ basis)
+    u, values, _ = torch.linalg.svd(inside, full_matrices=False)
+    return u[:, values > 1 - 1e-8], [g.name for g in kept]
+
+
+def complement(local: LocalModel, orbit: Tensor) -> tuple[Tensor, int]:
+    """(d, μ) orthonormal rest of the dead space, and how many leading columns are axes."""
+    dead = local.spectrum.dead
+    inside = dead - orbit @ (orbit.T @ dead)
+    if dead.shape[1] == orbit.shape[1]:
+        return dead.new_zeros(dead.shape[0], 0), 0
+    u, values, _ = torch.linalg.svd(inside, full_matrices=False)
+    rest = u[:, values > 0.5]
+    share = rest.norm(dim=1)
+    axes = torch.nonzero(share > 1 - 1e-9).flatten()
+    if len(axes) == 0:
+        return rest, 0
+    units = torch.zeros(rest.shape[0], len(axes), dtype=rest.dtype)
+    units[axes, torch.arange(len(axes))] = 1.0
+    if len(axes) == rest.shape[1]:
+        return units, len(axes)
+    left = rest.clone()
+    left[axes] = 0.0
+    u, values, _ = torch.linalg.svd(left, full_matrices=False)
+    return torch.cat([units, u[:, values > 0.5]], 1), len(axes)
+
+
+def _unit(rows: Tensor) -> Tensor:
+    return rows / rows.norm(dim=1, keepdim=True)
+
+
+def explore(
+    local: LocalModel, max_order: int, *, gauges: Sequence[gauge.Gauge] = (), seed: int = 0
+) -> DeadSpace:
+    """Split the dead space and measure what is in it; ``gauges`` are cut out of it."""
+    orbit, names = orbit_tangents(local, gauges)
+    magnitude = torch.zeros(max_order + 1, dtype=torch.float64)
+    rest, axes = complement(local, orbit)
+    mu = rest.shape[1]
+
+    def result(
+        order: float | None,
+        germ: Germ | None = None,
+        radius: float = 1.0,
+        kinked: bool = False,
+        reason: str = "",
+        notes: tuple[str, ...] = (),
+    ) -> DeadSpace:
+        return DeadSpace(
+            orbit, rest, axes, tuple(names), order, germ, radius, kinked, reason, magnitude, notes
+        )
+
+    if mu == 0:
+        return result(float("inf"))
+    generator = torch.Generator().manual_seed(seed)
+    draws = _unit(torch.randn(PROBES, mu, dtype=torch.float64, generator=generator))
+    probe = local.relaxed_jets(draws @ rest.T, max_order)
+    notes = probe.notes
+    magnitude = probe.straight.norm(dim=-1).max(1).values
+    kinked = any("kink" in note for note in notes)
+    if kinked:
+        # The sides are cones that sampled directions cannot exhaust: no order for all of them.
+        other = local.relaxed_jets(draws @ rest.T, max_order, side=-1)
+        sides = sorted({str(k) for k in probe.orders() + other.orders()})
+        reason = f"the point sits on a kink: one-sided orders {', '.join(sides)}"
+        return result(None, kinked=True, reason=reason, notes=notes)
+    orders = probe.orders()
+    if None in orders:
+        reason = "a Taylor coefficient is too close to rounding to call zero or not"
+        return result(None, reason=reason, notes=notes)
+    generic = min(k for k in orders if k is not None)
+    if generic == float("inf"):
+        return result(generic, notes=notes)
+    if mu > GERM_VARIABLES:
+        reason = (
+            f"{mu} dead dimensions outside the gauge orbit, of generic order {generic:g}: too "
+            f"many for the Taylor polynomial (limit {GERM_VARIABLES})"
+        )
+        return result(generic, reason=reason, notes=notes)
+    top = max_order
+    while top > generic and count(mu, top) > GERM_MONOMIALS:
+        top -= 1
+    germ, radius, misfit = _germ(local, rest, int(generic), top, generator)
+    if misfit > KINK_MISFIT:
+        reason = f"the outputs are not analytic here: a polynomial misses them by {misfit:.1e}"
+        return result(None, kinked=True, reason=reason, notes=notes)
+    return result(generic, germ, radius, notes=notes)
+
+
+def _germ(
+    local: LocalModel, rest: Tensor, generic: int, top: int, generator: torch.Generator
+) -> tuple[Germ, float, float]:
+    """Taylor polynomial of the relaxed outputs on ``rest``, its radius and misfit."""
+    mu = rest.shape[1]
+    curves = count(mu, top) + mu + 4
+    draws = _unit(torch.randn(curves, mu, dtype=torch.float64, generator=generator))
+    jets = local.relaxed_jets(draws @ rest.T, top)
+    residual = jets.residual.clone()
+    present = (residual.norm(dim=-1) > jets.noise).any(1)
+    residual[~present] = 0.0
+    sizes, noise = residual.norm(dim=-1).amax(1), jets.noise.amax(1)
+    # Balance degrees: a far larger high coefficient must not make the leading one look like zero.
+    ratios = [
+        float(sizes[generic] / sizes[q]) ** (1 / (q - generic))
+        for q in range(generic + 1, top + 1)
+        if present[q]
+    ]
+    radius = min(ratios, default=1.0)
+    growth = radius ** (torch.arange(top + 1) - generic).double()
+    relative = noise * growth / sizes[generic]
+    # Degrees whose rounding outgrows the rest at this radius are not known.
+    known = generic
+    while known < top and float(relative[known + 1]) < GERM_NOISE:
+        known += 1
+    values = compress(residual, generic, known, radius)
+    level = float(relative[generic : known + 1].max()) / MARGIN
+    germ, misfit = fit_germ(draws.numpy(), values, known, max(level, 1e-15))
+    return germ, radius, misfit
+
+
+def compress(residual: Tensor, low: int, top: int, radius: float) -> dict[int, np.ndarray]:
+    """Degree -> (p, g) coefficients in units of ``radius``, the N outputs turned into few.
+
+    An orthogonal change of outputs leaves |f|² alone, so generators that span the coefficients
+    are enough.
+    """
+    scaled = {q: residual[q] * radius ** (q - low) for q in range(low, top + 1)}
+    stacked = torch.cat(list(scaled.values()))
+    if stacked.shape[1] > 1:
+        _, values, axes = torch.linalg.svd(stacked, full_matrices=False)
+        kept = axes[values > 1e-14 * values[0]].T
+    else:
+        kept = torch.eye(1, dtype=stacked.dtype)
+    return {q: (v @ kept).numpy() for q, v in scaled.items()}
+
+
+@dataclass(frozen=True)
+class FibreCheck:
+    """Whether outputs really stay put at a finite distance along a direction.
+
+    Attributes:
+        distance: largest distance at which they do; 0 if at none.
+        growth: where they do not, the power of t with which they move.
+    """
+
+    distance: float
+    growth: float
+
+
+def rounding_at(local: LocalModel, space: DeadSpace, distance: float) -> float:
+    """Rounding of the outputs' displacement at a distance from θ0."""
+    powers = distance ** torch.arange(len(space.magnitude), dtype=torch.float64)
+    reach = float((space.magnitude * powers).sum())
+    values = local.spectrum.values
+    reach += distance * float(values[0]) if values.numel() else 0.0
+    margin = 64 * max(1.0, local.spectrum.rank**0.5)
+    return local.residual_floor() + margin * torch.finfo(torch.float64).eps * reach
+
+
+def follow_fibre(
+    local: LocalModel, space: DeadSpace, vector: Tensor, jets: RelaxedJets, index: int
+) -> FibreCheck:
+    """Step a finite distance along a dead vector, relax, and see whether the outputs moved."""
+    misses: list[tuple[float, float]] = []
+    for distance in DISTANCES:
+        powers = distance ** torch.arange(jets.corrections.shape[0], dtype=torch.float64)
+        start = (powers[:, None] * jets.corrections[:, index]).sum(0)
+        floor = rounding_at(local, space, distance)
+        best = float("inf")
+        for offset in (torch.zeros_like(start), start):
+            best = min(best, _relax(local, local.theta + distance * vector + offset, floor))
+            if best <= floor:
+                return FibreCheck(distance, float("inf"))
+        misses.append((distance, best))
+    (t1, f1), (t2, f2) = misses[-2:]
+    return FibreCheck(0.0, float(np.log(f1 / f2) / np.log(t1 / t2)))
+
+
+def _relax(local: LocalModel, theta: Tensor, floor: float) -> float:
+    """Norm of the outputs' displacement after solving the live equations by chord steps."""
+    split = local.spectrum
+    residual = local.residuals(theta)
+    best = float(residual.norm())
+    for _ in range(60):
+        if split.rank == 0 or best <= floor or not np.isfinite(best):
+            break
+        step = split.live @ ((split.left.T @ residual) / split.values[: split.rank])
+        theta = theta - step
+        residual = local.residuals(theta)
+        size = float(residual.norm())
+        if not size < 0.9 * best:
+            break
+        best = size
+    return best

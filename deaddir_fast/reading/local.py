@@ -1,0 +1,237 @@
+"""A model at a point, ready for local readings: outputs, exact Fisher split, relaxed jets."""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+
+from deaddir_fast import _check
+from deaddir_fast.fisher.jacobian import (
+    Spectrum,
+    decompose,
+    whitened_coefficients,
+    whitened_jacobian,
+)
+from deaddir_fast.nets import likelihood as likelihoods
+from deaddir_fast.nets.graph import batch_size, call_model, check_deterministic
+from deaddir_fast.nets.jet import JetProgram, kink_notes
+from deaddir_fast.nets.space import ParameterSpace
+
+REPLICAS = 2  # perturbed propagations, of opposite sign, that measure rounding
+MARGIN = 30.0  # a coefficient is zero below this many times the change they make
+AMBIGUOUS = 100.0  # and present above this many times that; nothing is claimed in between
+
+
+def in_double(model: nn.Module, inputs: Any) -> tuple[nn.Module, Any]:
+    """A copy of the model and its inputs in fp64; integer inputs stay."""
+    double = copy.deepcopy(model).double()
+    double.requires_grad_(False)
+    cast = pytree.tree_map(
+        lambda x: x.detach().double() if isinstance(x, Tensor) and x.is_floating_point() else x,
+        inputs,
+    )
+    return double, cast
+
+
+@dataclass(frozen=True)
+class RelaxedJets:
+    """Outputs along curves θ0 + t·u + live corrections, the live equations solved.
+
+    Attributes:
+        residual: (order+1, p, N) whitened Taylor coefficients left after relaxing; those of degree
+            0 and 1 vanish up to rounding.
+        straight: (order+1, p, N) the same along the straight line θ0 + t·u.
+        noise: (order+1, p) rounding level of the norm of a residual coefficient.
+        corrections: (order+1, p, d) Taylor coefficients of the live corrections.
+        notes: what the jets met on the way (kinks, operators without a rule).
+    """
+
+    residual: Tensor
+    straight: Tensor
+    noise: Tensor
+    corrections: Tensor
+    notes: tuple[str, ...]
+
+    def orders(self, *, straight: bool = False) -> list[float | None]:
+        """Per curve the KL order: first degree above rounding, inf if none, None if unclear."""
+        coefficients = self.straight if straight else self.residual
+        norms = coefficients.norm(dim=-1)
+        found: list[float | None] = []
+        for p in range(norms.shape[1]):
+            order: float | None = float("inf")
+            for degree in range(1, norms.shape[0]):
+                size, noise = float(norms[degree, p]), float(self.noise[degree, p])
+                if size > AMBIGUOUS * noise:
+                    order = float(degree)
+                    break
+                if size > noise:
+                    order = None
+                    break
+            found.append(order)
+        return found
+
+
+class LocalModel:
+    """A model at a point θ0 of its parameters, taken as the truth, in fp64.
+
+    Args:
+        model: any module in evaluation mode; copied, never changed.
+        inputs: a tensor, a tuple or a dict of tensors; the sample dimension leads.
+        likelihood: a name or a ``Likelihood``.
+    """
+
+    def __init__(self, model: nn.Module, inputs: Any, likelihood: Any) -> None:
+        check_deterministic(model)
+        self.likelihood = likelihoods.get(likelihood)
+        self.samples = batch_size(inputs)
+        if self.samples == 0:
+            raise ValueError("inputs: expected at least one sample, got none")
+        self.model, self.inputs = in_double(model, inputs)
+        for name, value in self.model.named_parameters():
+            if not bool(torch.isfinite(value).all()):
+                raise ValueError(f"model: parameter {name} holds NaN or infinite values")
+        self.space = ParameterSpace.of(self.model)
+        if self.space.dimension == 0:
+            raise _check.fail("model", type(model).__name__, "a model with parameters")
+        self.program = JetProgram(self.model, self.inputs)
+        self.state = {k: v.detach() for k, v in self.model.named_parameters()}
+        self._set_outputs()
+
+    def _set_outputs(self) -> None:
+        self.outputs = call_model(self.model, self.state, self.inputs).detach()
+        if not bool(torch.isfinite(self.outputs).all()):
+            raise ValueError("model: its outputs on these inputs hold NaN or infinite values")
+
+    def at(self, theta: Tensor) -> LocalModel:
+        """The same model at other parameters (d,), which become the truth; nothing is retraced."""
+        moved = copy.copy(self)
+        for cached in ("jacobian", "spectrum"):
+            moved.__dict__.pop(cached, None)
+        moved.state = self.space.directions(theta.detach().clone())
+        moved._set_outputs()
+        return moved
+
+    @cached_property
+    def jacobian(self) -> Tensor:
+        """(N, d) whitened Jacobian at θ0."""
+        return whitened_jacobian(self.program, self.space, self.likelihood, base=self.state)
+
+    @cached_property
+    def spectrum(self) -> Spectrum:
+        """Live and dead directions at θ0."""
+        return decompose(self.jacobian)
+
+    @property
+    def theta(self) -> Tensor:
+        """(d,) parameters at θ0 as a vector."""
+        return torch.cat([self.state[k].reshape(-1) for k in self.space.names])
+
+    def residuals(self, theta: Tensor) -> Tensor:
+        """(N,) whitened difference of the outputs at ``theta`` from those at θ0 (base metric)."""
+        outputs = call_model(self.model, self.space.directions(theta), self.inputs)
+        return whitened_coefficients(outputs - self.outputs, self.outputs, self.likelihood)
+
+    def residual_floor(self) -> float:
+        """Rounding of the norm of :meth:`residuals` at θ0."""
+        plain = whitened_coefficients(self.outputs, self.outputs, self.likelihood)
+        rms = float(self.outputs.square().mean().sqrt())
+        spread = self.likelihood.whiten(self.outputs, torch.ones_like(self.outputs))
+        size = float(plain.norm()) + rms * float(spread.norm()) / self.samples**0.5
+        return 64 * torch.finfo(torch.float64).eps * size
+
+    def whiten(self, coefficients: Tensor) -> Tensor:
+        """(..., n, *out) -> (..., N) in the metric at θ0."""
+        return whitened_coefficients(coefficients, self.outputs, self.likelihood)
+
+    def relaxed_jets(self, vectors: Tensor, order: int, *, side: int = 1) -> RelaxedJets:
+        """Taylor coefficients along dead vectors with the live coordinates solved out.
+
+        With B = U S Vᵀ at θ0, the live coordinates y(t) are the power series with
+        Uᵀ f(θ0 + t·u + V y(t)) = 0; they exist and are analytic because S is invertible. What is
+        left, (1 − U Uᵀ) f, generates with the live coordinates the ideal of f, so
+        λ = r/2 + λ(residual) (lines through dead space that are only tangent to a curved fibre
+        become flat). One power of t is gained per pass.
+
+        Args:
+            vectors: (p, d) unit vectors in the dead space.
+            order: highest degree.
+            side: +1 or −1, the side of a kink (piecewise models).
+        """
+        split = self.spectrum
+        p, rank = vectors.shape[0], split.rank
+        eps = torch.finfo(torch.float64).eps
+        if rank == 0:
+            (straight, *copies), notes = self._rows(vectors, None, order, side, REPLICAS)
+            corrections = torch.zeros(order + 1, p, self.space.dimension, dtype=torch.float64)
+            change = torch.stack([(c - straight).norm(dim=-1) for c in copies]).amax(0)
+            change = torch.maximum(change, eps * straight.norm(dim=-1))
+            return RelaxedJets(straight, straight, MARGIN * change, corrections, notes)
+        # Rounding: the whole computation again for vectors turned by the digits that the split
+        # into live and dead loses, and every number perturbed by its last digits.
+        loss = 8 * eps * float(split.values[0] / split.values[rank - 1])
+        generator = torch.Generator().manual_seed(3)
+        turn = torch.randn(vectors.shape, generator=generator, dtype=torch.float64)
+        turned = vectors + loss * turn / turn.norm(dim=1, keepdim=True)
+        both = torch.cat([vectors, turned])
+        corrections = torch.zeros(order + 1, 2 * p, self.space.dimension, dtype=torch.float64)
+        inverse = (split.left / split.values[:rank]).T  # (r, N)
+        (straight,), notes = self._rows(both, None, order, side, 0)
+        rows, removed = straight, straight.norm(dim=-1)
+        for degree in range(2, order + 1):
+            step = -(rows[degree] @ inverse.T) @ split.live.T
+            if float(step.abs().max()) > 0:
+                corrections[degree] += step
+                (rows,), _ = self._rows(both, corrections[: degree + 1], order, side, 0)
+                removed = torch.maximum(removed, rows.norm(dim=-1))
+        residual = self._off_live(rows)
+        changes = [(residual[:, p:] - residual[:, :p]).norm(dim=-1), loss * removed[:, :p]]
+        corrections = corrections[:, :p]
+        (_, *copies), _ = self._rows(vectors, corrections, order, side, REPLICAS)
+        changes += [self._off_live(c - rows[:, :p]).norm(dim=-1) for c in copies]
+        noise = MARGIN * torch.stack(changes).amax(0)
+        return RelaxedJets(residual[:, :p], straight[:, :p], noise, corrections, notes)
+
+    def _off_live(self, rows: Tensor) -> Tensor:
+        """The part of (..., N) output patterns that live directions cannot produce."""
+        left = self.spectrum.left
+        return rows - (rows @ left) @ left.T
+
+    def _rows(
+        self,
+        vectors: Tensor,
+        corrections: Tensor | None,
+        order: int,
+        side: int,
+        replicas: int,
+    ) -> tuple[list[Tensor], tuple[str, ...]]:
+        """(order+1, p, N) whitened coefficients along curves, and perturbed copies of them."""
+        curves = self._curve(vectors, corrections)
+        if corrections is None:
+            self.program.check(curves, order, side, self.state)
+        shape = (order + 1, vectors.shape[0], *self.outputs.shape)
+        results = [torch.zeros(shape, dtype=torch.float64) for _ in range(replicas + 1)]
+        notes: dict[str, None] = {}
+        met: dict[str, int] = {}
+        for block in self.program.blocks(curves, order, side, base=self.state, replicas=replicas):
+            for result, series in zip(results, [block.exact, *block.perturbed], strict=True):
+                for degree, value in enumerate(series[1:], 1):
+                    if value is not None:
+                        result[degree, block.curves, block.samples] = value
+            notes.update(dict.fromkeys(block.notes))
+            for label, count in block.kinks.items():
+                met[label] = met.get(label, 0) + int(count.sum())
+        rows = [self.whiten(result) for result in results]
+        return rows, tuple(notes) + kink_notes(met, side)
+
+    def _curve(self, vectors: Tensor, corrections: Tensor | None) -> dict[str, Tensor]:
+        curve = vectors[None]
+        if corrections is not None and corrections.shape[0] > 1:
+            curve = corrections[1:].clone()
+            curve[0] += vectors
+        return self.space.directions(curve)
