@@ -5,6 +5,7 @@
 #   PIP_ARGS=...   passed to pip install; on a Linux machine without a GPU, for instance,
 #                  PIP_ARGS="--extra-index-url https://download.pytorch.org/whl/cpu"
 #   ARGS=...       passed to pytest by test and test-all, to `deaddir demo` by demo
+#   JOBS=...       processes for the main suite (default: the cores, at most 4; 0: this one)
 
 SHELL := /bin/bash
 .SHELLFLAGS := -euo pipefail -c
@@ -16,6 +17,7 @@ PIP := $(PY) -m pip --disable-pip-version-check
 STAMPS := $(VENV)/.stamps
 PIP_ARGS ?=
 ARGS ?=
+JOBS ?= $(shell n=$$(getconf _NPROCESSORS_ONLN 2>/dev/null || echo 1); echo $$((n < 4 ? n : 4)))
 TORCH := $(shell sed -n '/^torch==/p' constraints.txt)
 
 # With a compiler at hand a missing extension is a broken build, not a choice.
@@ -72,12 +74,12 @@ PYTEST := $(PY) -m pytest -q $(ARGS)
 ALLOW_NONE := || { code=$$?; [ $$code -eq 5 ] || exit $$code; }
 
 test: setup
-	$(PYTEST) -m "not slow and not gpu and not interp and not aot"
+	$(PYTEST) -n $(JOBS) -m "not slow and not gpu and not interp and not aot"
 	env -u TRITON_INTERPRET $(PYTEST) -m "aot and not slow and not gpu" $(ALLOW_NONE)
 	TRITON_INTERPRET=1 $(PYTEST) -m "interp and not slow and not gpu" $(ALLOW_NONE)
 
 test-all: setup
-	$(PYTEST) -m "not gpu and not interp and not aot"
+	$(PYTEST) -n $(JOBS) -m "not gpu and not interp and not aot"
 	env -u TRITON_INTERPRET $(PYTEST) -m "aot and not gpu" $(ALLOW_NONE)
 	TRITON_INTERPRET=1 $(PYTEST) -m "interp and not gpu" $(ALLOW_NONE)
 

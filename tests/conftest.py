@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import torch._dynamo.trace_rules  # its table of torch functions must hold the unpoisoned ones
 
 INTERPRETING = os.environ.get("TRITON_INTERPRET", "") not in ("", "0")
 
