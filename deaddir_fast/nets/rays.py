@@ -456,9 +456,8 @@ def _read(
     moments = torch.zeros(4, p, r, dtype=torch.float64)
     parts = _even(n, samples)
     cuts = [(d, q) for d in _even(p, some) for q in _even(r, radii_at_once)]
-    largest = [
-        max(b - a for a, b in cut) for cut in (parts, [d for d, _ in cuts], [q for _, q in cuts])
-    ]
+    most = max(stop - start for start, stop in parts)
+    wide, deep = max(b - a for (a, b), _ in cuts), max(v - u for _, (u, v) in cuts)
     for c, ((a, b), (u, v)) in enumerate(cuts):
         chunk = rays.take(slice(a, b))
         points = Points.make(chunk.norms, radii[u:v], like)
@@ -487,8 +486,8 @@ def _read(
         work.notes.add("some readings are not finite: the outputs overflow there")
     if n == 1:
         work.notes.add("one sample: no standard error")
-    estimate = int(largest[0] * (largest[1] * largest[2] * per_point + shared))
-    chunking = Chunking(*largest, len(cuts) * len(parts), estimate, budget)
+    estimate = int(most * (wide * deep * per_point + shared))
+    chunking = Chunking(most, wide, deep, len(cuts) * len(parts), estimate, budget)
     return RayCurvature(
         radii,
         f,

@@ -39,6 +39,9 @@ class RankOne:
         return (self.v.unsqueeze(2) * self.w.unsqueeze(1)).reshape(-1, *shape)
 
 
+# Entries of W(r) formed at once where full-rank directions need them.
+_WEIGHTS_AT_ONCE = 1 << 20
+
 Slices = dict[str, "Tensor | RankOne"]
 
 
@@ -433,7 +436,7 @@ class Weight:
     ) -> None:
         assert run.u is not None
         points, m, o = self.points, x.shape[0], matrix.shape[1]
-        block = max(1, (1 << 20) // (points.r * matrix.numel()))
+        block = max(1, _WEIGHTS_AT_ONCE // (points.r * matrix.numel()))
         radii = points.radii.view(1, -1, 1, 1)
         for start in range(run.start, run.stop, block):
             stop = min(start + block, run.stop)
@@ -448,9 +451,15 @@ class Weight:
                 y1.copy_(moved.expand_as(y1))
                 continue
             # W(r) for these points: with it the difference and the tangent take one product each.
-            w = torch.addcmul(matrix, u.unsqueeze(1), radii).flatten(0, 1)
-            torch.bmm(delta[at], w, out=out[0][at])
-            torch.bmm(dot[at], w, out=out[1][at])
+            if points.r * matrix.numel() <= _WEIGHTS_AT_ONCE:
+                w = torch.addcmul(matrix, u.unsqueeze(1), radii).flatten(0, 1)
+                torch.bmm(delta[at], w, out=out[0][at])
+                torch.bmm(dot[at], w, out=out[1][at])
+            else:
+                for j, k in enumerate(range(at.start, at.stop)):
+                    w = torch.addcmul(matrix, u[0], points.radii[j])
+                    torch.mm(delta[k], w, out=out[0][k])
+                    torch.mm(dot[k], w, out=out[1][k])
             y0.addcmul_(moved, radii)
             y1.add_(moved)
             out[1][at].view(d, points.r * m, o).baddbmm_(delta[at].reshape(d, points.r * m, -1), u)
