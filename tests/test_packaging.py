@@ -8,6 +8,7 @@ import os
 import re
 import subprocess
 import sys
+import tarfile
 import tomllib
 import zipfile
 from pathlib import Path
@@ -128,6 +129,24 @@ def test_a_wheel_holds_everything_and_nothing_else(tmp_path: Path) -> None:
     assert extension.startswith("deaddir_fast/_C.")
     if sys.version_info >= (3, 12):
         assert "-cp312-abi3-" in name
+
+
+@pytest.mark.slow
+def test_a_source_archive_holds_the_project_and_nothing_else(tmp_path: Path) -> None:
+    code = f"from scikit_build_core.build import build_sdist; build_sdist({str(tmp_path)!r})"
+    built = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=False
+    )
+    assert built.returncode == 0, built.stderr
+    (archive,) = tmp_path.glob("*.tar.gz")
+    with tarfile.open(archive) as files:
+        names = {name.partition("/")[2] for name in files.getnames()}
+    expected = {path.relative_to(ROOT).as_posix() for path in (ROOT / "csrc").iterdir()}
+    expected |= {path.relative_to(ROOT).as_posix() for path in (ROOT / "kernels").glob("*.py")}
+    expected |= {path.relative_to(ROOT).as_posix() for path in ROOT.glob("deaddir_fast/**/*.py")}
+    assert expected | {"pyproject.toml", "LICENSE", "constraints.txt"} <= names
+    folders = {name.split("/")[0] for name in names if "/" in name}
+    assert folders <= {"csrc", "deaddir_fast", "kernels", "tests", "docs", "examples"}
 
 
 @pytest.mark.slow
