@@ -95,8 +95,8 @@ def working_bytes(capture: Capture, moved: set[str]) -> tuple[int, int]:
     """Estimate the memory of :func:`run` for the captured number of samples.
 
     Counts what is alive at once along the graph: values that depend on the moved parameters are
-    held as difference and derivative per point, and the operation in progress may need as much
-    again for its temporaries.
+    held as difference and derivative per point, and the operation in progress may need a few more
+    of that size for its temporaries.
 
     Returns:
         (bytes per point, bytes shared by all points).
@@ -121,7 +121,7 @@ def working_bytes(capture: Capture, moved: set[str]) -> tuple[int, int]:
                 size = 0
             alive[node] = (per_point, size)
             point, base = point + per_point, base + size
-            worst_point = max(worst_point, point + 2 * per_point)
+            worst_point = max(worst_point, point + 3 * per_point)
             worst_base = max(worst_base, base + size)
         for dead in capture.last_use[node]:
             gone = alive.pop(dead, (0, 0))

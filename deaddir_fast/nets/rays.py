@@ -21,13 +21,13 @@ from torch.utils import _pytree as pytree
 from deaddir_fast import _check
 from deaddir_fast.nets import dual, graph
 from deaddir_fast.nets import likelihood as likelihoods
-from deaddir_fast.nets.weights import Directions, Points, RankOne, check_directions
+from deaddir_fast.nets.weights import Directions, Points, RankOne, check_directions, weight_bytes
 
 KINDS = ("exact", "mc", "empirical")
 
 # Bytes of one pass on a CPU, small enough to stay in cache and in memory the allocator reuses.
 # Full-rank directions form W0 + r U once per pass, which more samples have to pay for.
-_CPU_WORKING_SET = {"low": 24 << 20, "full": 192 << 20}
+_CPU_WORKING_SET = {"low": 30 << 20, "full": 240 << 20}
 _FEWEST_SAMPLES = {"low": 16, "full": 256}
 
 
@@ -192,9 +192,6 @@ def _plan(
     if points < 1:
         few = min(n, int(budget / (per_point + shared)))
         points = 1
-    if few < 1:
-        need = int(per_point + shared) + 1
-        raise _check.fail("memory_budget", budget, f"at least {need} bytes (one sample, one point)")
     if points < r:
         return few, 1, points
     return few, min(points // r, p), r
@@ -441,13 +438,15 @@ def _read(
     per_point, shared = (x / few for x in dual.working_bytes(probe, set(rays.slices)))
     per_point += 8 * 6 * (z.numel() // few)
     on_cpu = z.device.type == "cpu"
-    full = any(
-        bool((kind == 2).any()) for k, kind in rays.kinds.items() if probe.parameters[k].ndim > 1
-    )
-    structure = "full" if full else "low"
-    target = min(budget, _CPU_WORKING_SET[structure]) if on_cpu else budget
+    fixed = weight_bytes(rays, probe.parameters, r)
+    room = budget - fixed
+    if room < per_point + shared:
+        need = int(fixed + per_point + shared) + 1
+        raise _check.fail("memory_budget", budget, f"at least {need} bytes (one sample, one point)")
+    structure = "full" if fixed else "low"
+    target = min(room, _CPU_WORKING_SET[structure]) if on_cpu else room
     fewest = _FEWEST_SAMPLES[structure]
-    samples, some, radii_at_once = _plan(n, p, r, per_point, shared, budget, target, fewest)
+    samples, some, radii_at_once = _plan(n, p, r, per_point, shared, room, target, fewest)
     if targets is not None:
         targets = _check_targets(targets, z, n, lik)
     noise = _noise(lik, z, n, draws, seed) if kind == "mc" else []
@@ -486,7 +485,7 @@ def _read(
         work.notes.add("some readings are not finite: the outputs overflow there")
     if n == 1:
         work.notes.add("one sample: no standard error")
-    estimate = int(most * (wide * deep * per_point + shared))
+    estimate = int(most * (wide * deep * per_point + shared) + fixed)
     chunking = Chunking(most, wide, deep, len(cuts) * len(parts), estimate, budget)
     return RayCurvature(
         radii,

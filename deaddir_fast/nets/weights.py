@@ -229,6 +229,17 @@ class Points:
         return slice(start * self.r, stop * self.r)
 
 
+def weight_bytes(directions: Directions, parameters: Mapping[str, Tensor], radii: int) -> int:
+    """Memory that products with full-rank directions need for W(r), whatever the samples."""
+    most = 0
+    for name, kind in directions.kinds.items():
+        value = parameters[name]
+        if value.ndim >= 2 and bool((kind == 2).any()):
+            formed = max(value.numel(), min(radii * value.numel() * len(kind), _WEIGHTS_AT_ONCE))
+            most = max(most, 2 * formed * value.element_size())
+    return most
+
+
 @dataclass(frozen=True)
 class Run:
     """Directions ``start:stop``, all of rank one (``v``, ``w``) or all full (``u``)."""

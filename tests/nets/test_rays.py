@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import math
+import weakref
 from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor
+from torch.utils import _pytree as pytree
+from torch.utils._python_dispatch import TorchDispatchMode
 
-from deaddir_fast.nets import graph, rays
+from deaddir_fast.nets import graph, rays, weights
 from deaddir_fast.nets import likelihood as lk
 from deaddir_fast.nets.rays import RayCurvature, ray_curvature
 from deaddir_fast.nets.weights import RankOne
@@ -450,13 +454,14 @@ def _grid(model: nn.Module, x: Any, budget: int | None = None) -> RayCurvature:
 
 
 @pytest.mark.parametrize("name", ["mlp", "conv", "causal", "encoder"])
-def test_results_do_not_depend_on_chunking(name: str) -> None:
+def test_results_do_not_depend_on_chunking(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(weights, "_WEIGHTS_AT_ONCE", 1)  # small models, smaller budgets
     model, x = _model(name)
-    x = torch.cat([x] * 5) + (torch.randn(5 * len(x), *x.shape[1:]) if x.is_floating_point() else 0)
+    x = torch.cat([x] * 3) + (torch.randn(3 * len(x), *x.shape[1:]) if x.is_floating_point() else 0)
     whole = _grid(model, x)
     seen = set()
     budget = whole.chunking.estimate
-    for part in (3, 20, 120):
+    for part in (3, 12, 40):
         got = _grid(model, x, budget // part)
         assert got.chunking.estimate <= budget // part
         seen.add((got.chunking.samples, got.chunking.directions, got.chunking.radii))
@@ -465,8 +470,74 @@ def test_results_do_not_depend_on_chunking(name: str) -> None:
             torch.testing.assert_close(getattr(got, field), want, rtol=1e-11, atol=1e-30)
         assert got.notes == whole.notes
     assert len(seen) == 3
+    assert got.chunking.chunks > 12
     with pytest.raises(ValueError, match="memory_budget: expected at least"):
         _grid(model, x, 100)
+
+
+class _Peak(TorchDispatchMode):
+    """The most bytes of tensors alive at once, as seen by the dispatcher."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.live: dict[int, list[int]] = {}
+        self.now = self.most = 0
+
+    def __torch_dispatch__(self, f: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = f(*args, **(kwargs or {}))
+        for x in pytree.tree_leaves(out):
+            if isinstance(x, Tensor) and not isinstance(x, FakeTensor):
+                storage = x.untyped_storage()
+                key = storage._cdata
+                if key not in self.live:
+                    self.live[key] = [storage.nbytes(), 0]
+                    self.now += storage.nbytes()
+                self.live[key][1] += 1
+                self.most = max(self.most, self.now)
+                weakref.finalize(x, self._drop, key)
+        return out
+
+    def _drop(self, key: int) -> None:
+        entry = self.live.get(key, [0, 0])
+        entry[1] -= 1
+        if entry[1] == 0:
+            self.now -= self.live.pop(key)[0]
+
+
+@pytest.mark.parametrize("name", ["mlp", "relu", "layernorm", "causal"])
+def test_memory_stays_within_the_budget(name: str) -> None:
+    model, x = _model(name)
+    x = torch.cat([x] * (400 // len(x)))
+    directions = _directions(model)
+    given = x.numel() * x.element_size()
+    given += 8 * sum(u.numel() * u.element_size() for u in directions.values())
+    for budget in (1 << 20, 1 << 18):
+        with _Peak() as peak:
+            got = ray_curvature(model, x, directions, [0.0, -0.3, 0.7], memory_budget=budget)
+        assert got.chunking.chunks > 1
+        assert peak.most <= budget + given
+        assert peak.most > got.chunking.estimate / 4  # the estimate is not idle either
+
+
+def test_full_directions_of_large_matrices_form_one_weight_at_a_time(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    model, x = _model("mlp")
+    want = _grid(model, x)
+    monkeypatch.setattr(weights, "_WEIGHTS_AT_ONCE", 1)
+    torch.testing.assert_close(_grid(model, x).fisher, want.fisher, rtol=1e-12, atol=0)
+
+
+def test_complex_intermediate_values_are_differentiated() -> None:
+    class Spectrum(_Power):
+        def forward(self, x: Tensor) -> Tensor:
+            return torch.view_as_real(torch.fft.rfft(self.t.exp() * x)).flatten(1)
+
+    x = torch.randn(6, 5, dtype=F64)
+    got = ray_curvature(Spectrum(1), x, {"t": torch.ones(1)}, [0.3], likelihood="gaussian")
+    power = torch.view_as_real(torch.fft.rfft(x)).square().sum((1, 2)).mean().item()
+    assert got.fisher.item() == pytest.approx(math.exp(0.6) * power, rel=1e-12)
+    assert any("no exact rule" in note for note in got.notes)
 
 
 def test_nearby_structures_do_not_mix_when_directions_are_sorted() -> None:
