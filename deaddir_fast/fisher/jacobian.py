@@ -21,11 +21,13 @@ ROW_BLOCK = 256  # directions per forward-mode pass
 
 
 def whitened_coefficients(coefficients: Tensor, outputs: Tensor, likelihood: Likelihood) -> Tensor:
-    """(..., n, *out) output coefficients -> (..., n·…) rows of whiten(z0, ·)/√n, in the base metric."""
-    n = outputs.shape[0]
+    """(..., n, *out) coefficients of outputs -> (..., n·…) rows of whiten(z0, ·)/√n.
+
+    The metric is that of the base outputs z0 (n, *out).
+    """
     lead = coefficients.ndim - outputs.ndim
-    rows = likelihood.whiten(outputs.expand_as(coefficients), coefficients)
-    return rows.flatten(lead) / n**0.5
+    rows = likelihood.whiten(outputs, coefficients)
+    return rows.flatten(lead) / outputs.shape[0] ** 0.5
 
 
 def whitened_jacobian(
@@ -98,7 +100,7 @@ def decompose(jacobian: Tensor, scale: float = 0.0) -> Spectrum:
     that; in between it is counted as ambiguous and treated as live. (Our choice.)
     """
     rows, d = jacobian.shape
-    if rows > 2 * d:
+    if rows > d:
         q, upper = torch.linalg.qr(jacobian)
         u, values, vh = torch.linalg.svd(upper, full_matrices=True)
         u = q @ u
@@ -114,3 +116,10 @@ def decompose(jacobian: Tensor, scale: float = 0.0) -> Spectrum:
     if rank == 0:
         dead = torch.eye(d, dtype=jacobian.dtype)
     return Spectrum(values, u[:, :rank], vh[:rank].T, dead, tolerance, clear, rows, ambiguous)
+
+
+def numerical_rank(jacobian: Tensor, tolerance: float) -> int:
+    """Number of singular values above ``tolerance``."""
+    if jacobian.shape[0] > jacobian.shape[1]:
+        jacobian = torch.linalg.qr(jacobian, mode="r").R
+    return int((torch.linalg.svdvals(jacobian) > tolerance).sum())

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from collections.abc import Iterator
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -10,13 +11,15 @@ import torch
 from torch import Tensor, nn
 
 from deaddir_fast import _check, gauge
+from deaddir_fast.fisher.jacobian import numerical_rank
 from deaddir_fast.reading.dead_space import DeadSpace, explore
 from deaddir_fast.reading.local import LocalModel
 from deaddir_fast.theory.local_rlct import flag
 from deaddir_fast.theory.threshold import Undecided
 
 DENSE_LIMIT = 4096  # parameters up to which the null space is computed densely
-BATCH = 128  # directions whose jets are taken together
+MEASURED = 256  # directions whose own orders are measured; the rest of a large space is summed up
+BATCH = 64  # directions whose jets are taken together
 
 
 @dataclass(frozen=True)
@@ -29,7 +32,8 @@ class DeadDirections:
             after relaxing the live coordinates), ``"singular"`` (K grows with a finite order) or
             ``"unresolved"``.
         orders: (q,) KL order after relaxing; inf on gauge and fibre, NaN where unresolved.
-        line_orders: (q,) KL order of the straight line; finite on a tangent of a curved fibre.
+        line_orders: (q,) KL order of the straight line; finite on a tangent of a curved fibre; NaN
+            where unclear and, beyond the first 256 of a kind, not measured.
         rank: number of live directions.
         dimension: number of parameters.
         samples: number of inputs.
@@ -79,23 +83,30 @@ def half_rank(local: LocalModel) -> int | None:
     if local.samples < 2:
         return None
     blocks = local.jacobian.reshape(local.samples, -1, local.space.dimension)
-    half = blocks[::2].reshape(-1, local.space.dimension)
-    values = torch.linalg.svdvals(half)
     # The rows are scaled by 1/√n of all samples: the tolerance carries over within √2.
-    return int((values > local.spectrum.tolerance).sum())
+    half = blocks[::2].reshape(-1, local.space.dimension)
+    return numerical_rank(half, local.spectrum.tolerance)
 
 
-def measured_orders(
-    local: LocalModel, vectors: Tensor, max_order: int
-) -> tuple[list[float | None], list[float | None]]:
-    """Relaxed and straight-line KL orders of (p, d) vectors."""
-    relaxed: list[float | None] = []
-    straight: list[float | None] = []
-    for start in range(0, vectors.shape[0], BATCH):
-        jets = local.relaxed_jets(vectors[start : start + BATCH], max_order)
-        relaxed += jets.orders()
-        straight += jets.orders(straight=True)
-    return relaxed, straight
+def _batches(vectors: Tensor) -> Iterator[Tensor]:
+    yield from vectors[:MEASURED].split(BATCH)
+
+
+def line_orders(local: LocalModel, vectors: Tensor, max_order: int) -> list[float]:
+    """Straight-line KL orders of (p, d) vectors, NaN where unclear or not measured."""
+    found = [k for part in _batches(vectors) for k in local.line_orders(part, max_order)]
+    return _plain(found, vectors.shape[0])
+
+
+def relaxed_orders(local: LocalModel, vectors: Tensor, max_order: int) -> list[float]:
+    """KL orders of (p, d) vectors after relaxing, NaN where unclear or not measured."""
+    found = [k for part in _batches(vectors) for k in local.relaxed_jets(part, max_order).orders()]
+    return _plain(found, vectors.shape[0])
+
+
+def _plain(values: list[float | None], count: int) -> list[float]:
+    nan = float("nan")
+    return [nan if v is None else v for v in values] + [nan] * (count - len(values))
 
 
 def flag_basis(space: DeadSpace) -> tuple[Tensor, list[float]] | None:
@@ -118,33 +129,24 @@ def classify(
 ) -> tuple[Tensor, list[str], list[float], list[float]]:
     """Basis (q, d), kinds, relaxed orders and line orders of the whole dead space."""
     nan, inf = float("nan"), float("inf")
-
-    def plain(values: list[float | None]) -> list[float]:
-        return [nan if v is None else v for v in values]
-
     gauge_vectors = space.orbit.T
     kinds = ["gauge"] * gauge_vectors.shape[0]
     orders = [inf] * len(kinds)
-    lines = plain(measured_orders(local, gauge_vectors, max_order)[1]) if kinds else []
+    lines = line_orders(local, gauge_vectors, max_order) if kinds else []
     rest = space.rest.T
     if rest.shape[0] == 0:
         return gauge_vectors, kinds, orders, lines
     adapted = flag_basis(space)
-    own: list[float]
     if adapted is not None:
         rest, own = adapted[0].T, adapted[1]
-        straight = plain(measured_orders(local, rest, max_order)[1])
-    elif space.kinked:
+    elif space.order == inf:
+        own = [inf] * rest.shape[0]
+    elif space.kinked or space.order is None:
         own = [nan] * rest.shape[0]
-        straight = own
     else:
-        relaxed, on_line = measured_orders(local, rest, max_order)
-        own, straight = plain(relaxed), plain(on_line)
-        if space.order is None:
-            own = [nan if k == inf else k for k in own]
-        elif space.order != inf:
-            # A flat direction in a space that is not flat may cross singular ones.
-            own = [nan if k == inf else k for k in own]
+        # A flat direction in a space that is not flat may only lie between singular ones.
+        own = [nan if k == inf else k for k in relaxed_orders(local, rest, max_order)]
+    straight = [nan] * len(own) if space.kinked else line_orders(local, rest, max_order)
     names = ["fibre" if k == inf else "unresolved" if k != k else "singular" for k in own]
     ranking = sorted(
         range(len(own)), key=lambda i: ("singular", "unresolved", "fibre").index(names[i])
@@ -198,15 +200,26 @@ def dead_directions(
     """
     local = open_local(model, inputs, likelihood, max_order)
     space = explore(local, max_order, gauges=gauge.find(local.model, local.inputs))
+    found = describe(local, space, max_order)
+    reasons = [spectrum_verdict(local)]
+    if space.order is None:
+        reasons.append(space.reason)
+    elif "unresolved" in found.kinds:
+        unclear = found.count("unresolved")
+        reasons.append(space.reason or f"{unclear} directions lie on no block of one order")
+    return replace(found, verdict=verdict(reasons))
+
+
+def verdict(reasons: list[str | None]) -> str:
+    """``"resolved"``, or the reasons why not."""
+    why = "; ".join(r for r in reasons if r)
+    return f"unresolved: {why}" if why else "resolved"
+
+
+def describe(local: LocalModel, space: DeadSpace, max_order: int) -> DeadDirections:
+    """Everything about the dead space but the verdict."""
     vectors, kinds, orders, lines = classify(local, space, max_order)
     split = local.spectrum
-    reasons = [spectrum_verdict(local)]
-    if space.kinked or space.order is None:
-        reasons.append(space.reason)
-    elif "unresolved" in kinds:
-        unclear = kinds.count("unresolved")
-        reasons.append(space.reason or f"{unclear} directions lie on no block of one order")
-    why = "; ".join(r for r in reasons if r)
     return DeadDirections(
         directions=local.space.directions(vectors),
         kinds=tuple(kinds),
@@ -222,7 +235,7 @@ def dead_directions(
         gap=split.gap,
         ambiguous=split.ambiguous,
         gauges=space.gauges,
-        verdict=f"unresolved: {why}" if why else "resolved",
+        verdict="",
         notes=space.notes,
     )
 

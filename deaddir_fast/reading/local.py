@@ -39,6 +39,24 @@ def in_double(model: nn.Module, inputs: Any) -> tuple[nn.Module, Any]:
     return double, cast
 
 
+def first_orders(coefficients: Tensor, noise: Tensor) -> list[float | None]:
+    """First degree >= 1 whose coefficient (order+1, p, N) is above its noise (order+1, p)."""
+    norms = coefficients.norm(dim=-1)
+    found: list[float | None] = []
+    for p in range(norms.shape[1]):
+        order: float | None = float("inf")
+        for degree in range(1, norms.shape[0]):
+            size, level = float(norms[degree, p]), float(noise[degree, p])
+            if size > AMBIGUOUS * level:
+                order = float(degree)
+                break
+            if size > level:
+                order = None
+                break
+        found.append(order)
+    return found
+
+
 @dataclass(frozen=True)
 class RelaxedJets:
     """Outputs along curves θ0 + t·u + live corrections, the live equations solved.
@@ -58,23 +76,24 @@ class RelaxedJets:
     corrections: Tensor
     notes: tuple[str, ...]
 
-    def orders(self, *, straight: bool = False) -> list[float | None]:
+    def orders(self) -> list[float | None]:
         """Per curve the KL order: first degree above rounding, inf if none, None if unclear."""
-        coefficients = self.straight if straight else self.residual
-        norms = coefficients.norm(dim=-1)
-        found: list[float | None] = []
-        for p in range(norms.shape[1]):
-            order: float | None = float("inf")
-            for degree in range(1, norms.shape[0]):
-                size, noise = float(norms[degree, p]), float(self.noise[degree, p])
-                if size > AMBIGUOUS * noise:
-                    order = float(degree)
-                    break
-                if size > noise:
-                    order = None
-                    break
-            found.append(order)
-        return found
+        return first_orders(self.residual, self.noise)
+
+
+@dataclass
+class Spent:
+    """Network evaluations in units of one plain forward over all inputs.
+
+    A Taylor propagation to order q along one curve counts as the (q+1)(q+2)/2 products of
+    coefficients it may need in every linear map.
+    """
+
+    forwards: float = 0.0
+
+    def jets(self, curves: int, order: int, copies: int = 1) -> None:
+        """Count a propagation of ``curves`` curves."""
+        self.forwards += curves * copies * (order + 1) * (order + 2) / 2
 
 
 class LocalModel:
@@ -100,6 +119,7 @@ class LocalModel:
         if self.space.dimension == 0:
             raise _check.fail("model", type(model).__name__, "a model with parameters")
         self.program = JetProgram(self.model, self.inputs)
+        self.spent = Spent()
         self.state = {k: v.detach() for k, v in self.model.named_parameters()}
         self._set_outputs()
 
@@ -120,7 +140,14 @@ class LocalModel:
     @cached_property
     def jacobian(self) -> Tensor:
         """(N, d) whitened Jacobian at θ0."""
-        return whitened_jacobian(self.program, self.space, self.likelihood, base=self.state)
+        return self.jacobian_at(self.theta)
+
+    def jacobian_at(self, theta: Tensor) -> Tensor:
+        """(N, d) whitened Jacobian at ``theta``, in the metric of its own outputs."""
+        self.spent.jets(self.space.dimension, 1)
+        return whitened_jacobian(
+            self.program, self.space, self.likelihood, base=self.space.directions(theta)
+        )
 
     @cached_property
     def spectrum(self) -> Spectrum:
@@ -134,6 +161,7 @@ class LocalModel:
 
     def residuals(self, theta: Tensor) -> Tensor:
         """(N,) whitened difference of the outputs at ``theta`` from those at θ0 (base metric)."""
+        self.spent.forwards += 1
         outputs = call_model(self.model, self.space.directions(theta), self.inputs)
         return whitened_coefficients(outputs - self.outputs, self.outputs, self.likelihood)
 
@@ -197,6 +225,18 @@ class LocalModel:
         noise = MARGIN * torch.stack(changes).amax(0)
         return RelaxedJets(residual[:, :p], straight[:, :p], noise, corrections, notes)
 
+    def line_orders(self, vectors: Tensor, order: int) -> list[float | None]:
+        """KL orders of straight lines along (p, d) unit vectors.
+
+        A computed dead vector is off by the digits the split loses; a first coefficient that such
+        an error explains counts as zero.
+        """
+        (rows, *copies), _ = self._rows(vectors, None, order, 1, REPLICAS)
+        change = torch.stack([(c - rows).norm(dim=-1) for c in copies]).amax(0)
+        change = torch.maximum(change, torch.finfo(torch.float64).eps * rows.norm(dim=-1))
+        change[1] = change[1].clamp_min(self.spectrum.tolerance)
+        return first_orders(rows, MARGIN * change)
+
     def _off_live(self, rows: Tensor) -> Tensor:
         """The part of (..., N) output patterns that live directions cannot produce."""
         left = self.spectrum.left
@@ -214,6 +254,7 @@ class LocalModel:
         curves = self._curve(vectors, corrections)
         if corrections is None:
             self.program.check(curves, order, side, self.state)
+        self.spent.jets(vectors.shape[0], order, replicas + 1)
         shape = (order + 1, vectors.shape[0], *self.outputs.shape)
         results = [torch.zeros(shape, dtype=torch.float64) for _ in range(replicas + 1)]
         notes: dict[str, None] = {}

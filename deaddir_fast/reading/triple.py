@@ -11,14 +11,13 @@ import torch
 from torch import Tensor, nn
 
 from deaddir_fast import _check, gauge
-from deaddir_fast.fisher.jacobian import whitened_jacobian
 from deaddir_fast.reading.dead import (
     DeadDirections,
-    classify,
+    describe,
     flag_basis,
-    half_rank,
     open_local,
     spectrum_verdict,
+    verdict,
 )
 from deaddir_fast.reading.dead_space import DeadSpace, explore, follow_fibre, rounding_at
 from deaddir_fast.reading.local import LocalModel
@@ -28,6 +27,7 @@ from deaddir_fast.theory.threshold import LocalThreshold, decided
 
 NEIGHBOURS = 8  # nearby points of the fibre that may lower the upper bound
 NEIGHBOUR_LIMIT = 200  # parameters up to which they are looked for
+NEIGHBOUR_ORDER = 4  # Taylor order there, where coefficients grow like distance^-q
 RADII = (0.1, 0.02)  # a neighbour counts if it is found, with the same value, at both
 
 
@@ -50,7 +50,8 @@ class Triple:
         margin: smallest live over largest dead singular value.
         floor: singular values below it count as zero.
         rests_on: what the reading assumes, in words.
-        forwards: network evaluations spent, counted in plain forwards of one sample.
+        forwards: network evaluations spent, in plain forwards over all inputs; a Taylor
+            propagation of order q along one curve counts as (q+1)(q+2)/2.
     """
 
     rlct: Fraction | float
@@ -68,6 +69,7 @@ class Triple:
     margin: float
     floor: float
     rests_on: tuple[str, ...] = field(default=())
+    forwards: float = 0.0
 
     @property
     def resolved(self) -> bool:
@@ -76,7 +78,8 @@ class Triple:
 
     def __str__(self) -> str:
         if self.resolved:
-            return f"λ = {self.rlct}, m = {self.multiplicity}, ν = {self.fluctuation:.6g} ({self.rule})"
+            values = f"λ = {self.rlct}, m = {self.multiplicity}, ν = {self.fluctuation:.6g}"
+            return f"{values} ({self.rule})"
         return f"{self.lower} ≤ λ ≤ {self.upper} ({self.verdict})"
 
 
@@ -105,7 +108,7 @@ def _confirmed(
     local: LocalModel, space: DeadSpace, found: LocalThreshold, upper: Fraction
 ) -> LocalThreshold:
     """Accept a decision that rests on a fibre only if the fibre is there at a finite distance."""
-    top = 8 if space.germ is None else space.germ.top
+    top = len(space.magnitude) - 1 if space.germ is None else space.germ.top
     for vector in fibre_candidates(space):
         jets = local.relaxed_jets(vector[None], top)
         if jets.orders()[0] != float("inf"):
@@ -159,7 +162,7 @@ def fluctuation_part(
 
 
 def neighbours(
-    local: LocalModel, space: DeadSpace, max_order: int, gauges: Sequence[gauge.Gauge]
+    local: LocalModel, space: DeadSpace, gauges: Sequence[gauge.Gauge]
 ) -> Fraction | None:
     """Smallest λ read at nearby points of the fibre; λ at θ0 is at most that (semicontinuity).
 
@@ -179,7 +182,7 @@ def neighbours(
             theta = _onto_fibre(local, space, radius, vector)
             if theta is None:
                 break
-            values.append(_value_at(local.at(theta), max_order, gauges))
+            values.append(_value_at(local.at(theta), gauges))
         read += bool(values)
         if len(values) == len(RADII) and values[0] is not None and values[0] == values[1]:
             best = values[0] if best is None else min(best, values[0])
@@ -228,10 +231,7 @@ def _onto_fibre(
         if float(residual.norm()) <= floor:
             moved = float((theta - local.theta).norm()) / radius
             return theta if 0.2 < moved < 3 else None
-        jacobian = whitened_jacobian(
-            local.program, local.space, local.likelihood, base=local.space.directions(theta)
-        )
-        u, values, vh = torch.linalg.svd(jacobian, full_matrices=False)
+        u, values, vh = torch.linalg.svd(local.jacobian_at(theta), full_matrices=False)
         if float(values[0]) == 0:
             return None
         damping = float(values[0]) * float(residual.norm())
@@ -239,11 +239,11 @@ def _onto_fibre(
     return None
 
 
-def _value_at(there: LocalModel, max_order: int, gauges: Sequence[gauge.Gauge]) -> Fraction | None:
+def _value_at(there: LocalModel, gauges: Sequence[gauge.Gauge]) -> Fraction | None:
     """λ at a nearby point if it is resolved there without looking further."""
     if spectrum_verdict(there):
         return None
-    space = explore(there, max_order, gauges=gauges)
+    space = explore(there, NEIGHBOUR_ORDER, gauges=gauges)
     found = singular_part(there, space, 0)
     return None if found.rlct is None else found.rlct + Fraction(there.spectrum.rank, 2)
 
@@ -278,14 +278,14 @@ def read_triple(
     λ = r/2 + λ(R): r live directions count 1/2 each, and R, the divergence minimised over the live
     coordinates, lives on the null space of the Fisher (Morse splitting). Gauge orbits contribute
     nothing and are cut transversally. What remains is read from exact Taylor coefficients: flat
-    (smooth fibre), one direction, a plane (resolved by blow-ups), graded blocks, a monomial ideal or
-    a complete intersection; otherwise certified bounds are returned, the upper one improved by
+    (smooth fibre), one direction, a plane (resolved by blow-ups), graded blocks, a monomial ideal
+    or a complete intersection; otherwise certified bounds are returned, the upper one improved by
     nearby points of the fibre ("Dead Directions", arXiv 2606.05957: selection rule on smooth
     fibres; Watanabe 2009; the relaxed Taylor reading is our choice).
 
     Args:
         model: any module in evaluation mode, at most 4096 parameters; read in fp64 on a copy.
-        inputs: tensor, tuple or dict; samples lead. λ is that of the inputs' empirical distribution.
+        inputs: tensor, tuple or dict; samples lead. λ belongs to their empirical distribution.
         likelihood: as in ``dead_directions``.
         prior_exponent: h >= 0 of a prior that vanishes like the h-th power of the distance to θ0
             along the singular directions; 0 for a positive prior.
@@ -310,7 +310,7 @@ def read_triple(
     found = singular_part(local, space, prior_exponent)
     rests = [f"{local.samples} samples, {split.rows} output equations", f"Taylor order {max_order}"]
     if not found.decided and not space.kinked:
-        near = neighbours(local, space, max_order, gauges)
+        near = neighbours(local, space, gauges)
         if near is not None and near - half < found.upper:
             found = replace(found, upper=max(near - half, found.lower))
             rests.append("upper bound from nearby points of the fibre")
@@ -324,30 +324,11 @@ def read_triple(
         upper = Fraction(local.space.dimension - space.orbit.shape[1], 2)
     if not found.decided:
         reasons.append(found.rule)
-    why = "; ".join(r for r in reasons if r)
-    growing = half_rank(local)
-    if growing is not None and growing < split.rank:
-        rests.append(f"rank still grows with samples ({growing} from half of them)")
-    resolved = not why
-    vectors, kinds, orders, lines = classify(local, space, max_order)
-    dead = DeadDirections(
-        directions=local.space.directions(vectors),
-        kinds=tuple(kinds),
-        orders=torch.tensor(orders, dtype=torch.float64),
-        line_orders=torch.tensor(lines, dtype=torch.float64),
-        rank=split.rank,
-        dimension=local.space.dimension,
-        samples=local.samples,
-        rows=split.rows,
-        rank_half=growing,
-        singular_values=split.values,
-        tolerance=split.tolerance,
-        gap=split.gap,
-        ambiguous=split.ambiguous,
-        gauges=space.gauges,
-        verdict=f"unresolved: {why}" if why else "resolved",
-        notes=space.notes,
-    )
+    words = verdict(reasons)
+    resolved = words == "resolved"
+    dead = replace(describe(local, space, max_order), verdict=words)
+    if dead.rank_half is not None and dead.rank_half < dead.rank:
+        rests.append(f"rank still grows with samples ({dead.rank_half} from half of them)")
     assert not resolved or total.rlct is not None
     return Triple(
         rlct=total.rlct if resolved and total.rlct is not None else float("nan"),
@@ -356,7 +337,7 @@ def read_triple(
         lower=lower,
         upper=upper,
         directions=dead,
-        verdict=f"unresolved: {why}" if why else "resolved",
+        verdict=words,
         fluctuation_verdict=nu_why if resolved and nu == nu else f"unresolved: {nu_why}",
         rule=total.rule,
         rank=split.rank,
@@ -365,4 +346,5 @@ def read_triple(
         margin=split.gap,
         floor=split.tolerance,
         rests_on=tuple(rests),
+        forwards=local.spent.forwards,
     )

@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy.linalg import solve_triangular
 
-from deaddir_fast.theory.planar import is_zero
+from deaddir_fast.theory.planar import absent
 
 Array = NDArray[np.float64]
 
@@ -73,8 +73,7 @@ class Germ:
         Raises:
             Undecided: below 3000 times the noise, where neither zero nor presence is certain.
         """
-        size = float(np.abs(coefficients).max(initial=0.0))
-        return is_zero(size, self.scale, 30 * self.noise, 3000 * self.noise)
+        return absent(np.asarray(coefficients), np.asarray(self.noise * self.scale))
 
     def part(self, degree: int) -> Array:
         """Coefficients of one degree, zeros where absent."""

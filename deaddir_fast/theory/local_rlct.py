@@ -30,12 +30,13 @@ from scipy.optimize import linprog
 
 from deaddir_fast.theory.germ import Germ, monomials
 from deaddir_fast.theory.monomial import monomial_ideal
-from deaddir_fast.theory.planar import CLEAR, ZERO, is_zero, planar_threshold
+from deaddir_fast.theory.planar import planar_threshold
 from deaddir_fast.theory.sphere import smallest_on_sphere
 from deaddir_fast.theory.threshold import LocalThreshold, Undecided, decided
 
 Array = NDArray[np.float64]
 
+FLAT = 1e-5  # relative derivative below which a leading form does not depend on a direction
 MONOMIAL_LIMIT = 60  # support points given to the exact linear programme
 
 
@@ -70,7 +71,7 @@ def flag(germ: Germ) -> list[tuple[Array, int]] | None:
         if k is None:
             blocks.append((inside, 0))
             break
-        flat = restricted.invariant_directions((k,), ZERO**0.5)
+        flat = restricted.invariant_directions((k,), FLAT)
         if flat.shape[1] == inside.shape[1]:
             return None
         full = np.linalg.svd(flat, full_matrices=True)[0] if flat.size else np.eye(inside.shape[1])
@@ -177,8 +178,8 @@ def _complete_intersection(germ: Germ, k: int) -> LocalThreshold | None:
     d = germ.variables
     forms = germ.part(k)
     singular = np.linalg.svd(forms, compute_uv=False)
-    c = int((singular > CLEAR * singular[0]).sum())
-    if c < len(singular) and not is_zero(float(singular[c]), float(singular[0])):
+    c = int((singular > 1e-6 * singular[0]).sum())
+    if c < len(singular) and not germ.absent(singular[c:]):
         return None
     if c >= d:
         return None
@@ -225,13 +226,9 @@ def local_threshold(germ: Germ, *, prior_exponent: int = 0) -> LocalThreshold:
     except Undecided as why:
         return LocalThreshold(None, None, Fraction(0), Fraction(d + h, 2), str(why))
     if k is None:
-        return LocalThreshold(
-            None,
-            None,
-            Fraction(0),
-            Fraction(d + h, 2 * (germ.top + 1)),
-            f"flat to order {germ.top}",
-        )
+        # Coefficients lost in rounding say nothing; exact zeros say that the order is higher.
+        upper = Fraction(d + h, 2 if germ.scale > 0 else 2 * (germ.top + 1))
+        return LocalThreshold(None, None, Fraction(0), upper, f"flat to order {germ.top}")
     if d == 1:
         return decided(Fraction(1 + h, 2 * k), 1, f"one direction of order {k}")
     if h == 0:
@@ -240,7 +237,7 @@ def local_threshold(germ: Germ, *, prior_exponent: int = 0) -> LocalThreshold:
             across = np.linalg.svd(kept, full_matrices=True)[0][:, kept.shape[1] :]
             return local_threshold(germ.substitute(across))
     if d == 2:
-        return planar_threshold(germ.planar(), prior_exponent=h)
+        return planar_threshold(germ.planar(), noise=germ.noise, prior_exponent=h)
     bounds = Fraction(1, 2 * k), Fraction(d + h, 2 * k)
     try:
         graded = _graded(germ)

@@ -7,16 +7,18 @@ Jacobian; it offers the value ν/(2N) for K = ½‖f‖² (the 2 because K is qu
 smallest value over all curves through real points, m the largest number of curves that attain it
 and meet in one point (Atiyah 1970, Bernstein–Gelfand 1969; Watanabe 2009, theorem 2.4).
 
-Coefficients are floating point, so every "is it zero" has three answers: yes below ``ZERO``, no
-above ``CLEAR``, and between them ``Undecided`` is raised rather than guessed. Power series are known
-only up to some order; what lies beyond is tracked as a monomial factor (s^A v^B) of the unknown
-remainder, and a step that would need it raises ``Undecided`` too.
+Coefficients are floating point. Each carries a bound on its error that follows it through every
+step (running error analysis), so "is it zero" has three answers that do not depend on the units of
+the variables: yes below ``ZERO`` times that bound, no above ``CLEAR`` times it, and in between
+``Undecided`` is raised rather than guessed. Power series are known only up to some order; what lies
+beyond is tracked as a monomial factor (s^A v^B) of the unknown remainder, and a step that would
+need it raises ``Undecided`` too.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from fractions import Fraction
 from math import comb
 
@@ -27,8 +29,9 @@ from deaddir_fast.theory.threshold import LocalThreshold, Undecided, decided
 
 Array = NDArray[np.float64]
 
-ZERO = 1e-9  # relative to the largest coefficient: smaller is zero
-CLEAR = 1e-6  # larger is not zero; between the two nothing is decided
+ZERO = 30.0  # times its error bound: a coefficient below is zero
+CLEAR = 3000.0  # above it is present; in between nothing is decided
+EPS = float(np.finfo(np.float64).eps)
 SNAP = 1e-9  # directions closer than this are the same
 MAX_BLOW_UPS = 60
 
@@ -51,126 +54,150 @@ class _Point:
     """A point of the blown-up plane in coordinates (s, v) centred on it.
 
     ``f[g, i, j]`` is the coefficient of s^i v^j in generator g of the ideal after the monomial
-    factor of the curves is taken out. ``first`` and ``second`` are the curves s = 0 and v = 0 if
-    they are exceptional. Coefficients with i >= ``a`` and j >= ``b`` are not known.
+    factor of the curves is taken out, ``noise[i, j]`` a bound on its error. ``first`` and
+    ``second`` are the curves s = 0 and v = 0 if they are exceptional. Coefficients with
+    i >= ``a`` and j >= ``b`` are not known.
     """
 
     f: Array
+    noise: Array
     first: Curve | None
     second: Curve | None
     a: int
     b: int
 
     def swapped(self) -> _Point:
-        return _Point(self.f.transpose(0, 2, 1), self.second, self.first, self.b, self.a)
+        return _Point(
+            self.f.transpose(0, 2, 1), self.noise.T, self.second, self.first, self.b, self.a
+        )
 
 
-def is_zero(value: float, scale: float, zero: float = ZERO, clear: float = CLEAR) -> bool:
-    """Whether ``value`` vanishes relative to ``scale``; ``Undecided`` where it is too close."""
-    size = abs(float(value))
-    if size <= zero * scale:
+def absent(values: Array, noise: Array) -> bool:
+    """Whether all ``values`` vanish to within their error bounds.
+
+    Raises:
+        Undecided: if none is clearly present but not all are clearly zero.
+    """
+    size, bound = np.abs(values), np.broadcast_to(noise, np.shape(values))
+    if np.size(size) == 0 or bool((size <= ZERO * bound).all()):
         return True
-    if size >= clear * scale:
+    if bool((size >= CLEAR * bound).any()):
         return False
+    at = int(np.argmax(size - ZERO * bound))
     raise Undecided(
-        f"a coefficient of relative size {size / scale:.1e} is neither zero (below {zero:g}) "
-        f"nor clearly present (above {clear:g})"
+        f"a coefficient of {size.flat[at]:.1e} with rounding {bound.flat[at]:.1e} is neither zero "
+        "nor clearly present"
     )
 
 
-def real_roots(form: Array) -> list[tuple[float, int]]:
-    """Real roots v, with multiplicity, of Σ form[j] v^j; the leading coefficients may vanish.
+@dataclass(frozen=True)
+class Root:
+    """A real root with its multiplicity and a bound on its error."""
+
+    value: float
+    multiplicity: int
+    error: float
+
+
+def real_roots(form: Array, noise: Array) -> list[Root]:
+    """Real roots v of Σ form[j] v^j; the leading coefficients may vanish.
 
     A root of multiplicity q is found as a simple root of the (q−1)-th derivative, which is well
-    conditioned, from the mean of the cluster that rounding splits it into.
+    conditioned, starting from the mean of the cluster that rounding splits it into.
 
     Raises:
         Undecided: where a cluster is neither clearly one root nor clearly several.
     """
-    scale = float(np.abs(form).max())
     degree = len(form) - 1
-    while degree > 0 and is_zero(form[degree], scale):
+    while degree > 0 and absent(form[degree : degree + 1], noise[degree : degree + 1]):
         degree -= 1
     if degree == 0:
         return []
-    poly = np.polynomial.Polynomial(form[: degree + 1] / scale)
+    poly = np.polynomial.Polynomial(form[: degree + 1])
+    bound = np.polynomial.Polynomial(noise[: degree + 1] + 4 * EPS * np.abs(form[: degree + 1]))
     left = list(np.asarray(poly.roots(), dtype=complex))
-    found: list[tuple[float, int]] = []
+    found: list[Root] = []
     while left:
-        seed = left[0]
-        near = sorted(range(len(left)), key=lambda n: abs(left[n] - seed))
+        near = sorted(range(len(left)), key=lambda n: abs(left[n] - left[0]))
         # The largest cluster whose centre is a root of all derivatives below its size wins.
         for size in range(len(left), 0, -1):
             members = near[:size]
-            centre = np.mean([left[n] for n in members])
+            centre = complex(np.mean([left[n] for n in members]))
             spread = max(abs(left[n] - centre) for n in members)
             if size > 1 and spread > 0.2 * (1 + abs(centre)):
                 continue
-            root = _refined(poly, centre, size)
-            if root is None:
+            refined = _refined(poly, bound, centre, size)
+            if refined is None:
                 continue
+            root, error = refined
             left = [x for n, x in enumerate(left) if n not in members]
-            if abs(root.imag) <= ZERO**0.75 * (1 + abs(root)):
-                found.append((float(root.real), size))
-            elif abs(root.imag) < CLEAR * (1 + abs(root)):
+            if abs(root.imag) <= ZERO * error:
+                found.append(Root(float(root.real), size, error))
+            elif abs(root.imag) < CLEAR * error:
                 raise Undecided("a pair of complex roots lies too close to the real axis to tell")
             break
-        else:  # pragma: no cover - size 1 always refines
-            left.pop(0)
-    return sorted(found)
+    return sorted(found, key=lambda r: r.value)
 
 
-def _refined(poly: np.polynomial.Polynomial, start: complex, size: int) -> complex | None:
-    """The root of multiplicity ``size`` near ``start``, or None if there is no such root."""
-    target = poly.deriv(size - 1) if size > 1 else poly
+def _refined(
+    poly: np.polynomial.Polynomial, bound: np.polynomial.Polynomial, start: complex, size: int
+) -> tuple[complex, float] | None:
+    """The root of multiplicity ``size`` near ``start`` and its error, or None if there is none."""
+    target, margin = poly, bound
+    for _ in range(size - 1):
+        target, margin = target.deriv(), margin.deriv()
     slope = target.deriv()
-    x = complex(start)
+    x = start
     for _ in range(60):
         grad = slope(x)
         if grad == 0:
-            break
+            return None
         step = target(x) / grad
         x -= step
-        if abs(step) <= 1e-15 * (1 + abs(x)):
+        if abs(step) <= 4 * EPS * abs(x):
             break
+    error = float(margin(abs(x)) / abs(slope(x))) if slope(x) != 0 else float("inf")
     if size == 1:
-        return x
-    reach = max(1.0, abs(x))
-    bound = float(np.abs(poly.coef) @ reach ** np.arange(len(poly.coef)))
-    worst = 0.0
-    derivative = poly
-    for order in range(size - 1):
-        scale = bound * comb(len(poly.coef) - 1, order)
-        factor = np.prod(np.arange(1, order + 1)) if order else 1.0
-        worst = max(worst, abs(derivative(x)) / (scale * factor))
-        derivative = derivative.deriv()
-    if worst <= ZERO:
-        return x
-    # Two roots a distance d apart leave a residue d²: below CLEAR they cannot be told from one.
-    if worst < CLEAR and abs(x - start) < 0.05 * (1 + abs(x)):
-        raise Undecided("two tangent directions lie too close to tell apart")
-    return None
+        return x, error
+    derivative, level = poly, bound
+    for _ in range(size - 1):
+        residue = abs(derivative(x))
+        allowed = float(level(abs(x))) + abs(derivative.deriv()(x)) * error
+        if residue > CLEAR * allowed:
+            return None
+        if residue > ZERO * allowed:
+            raise Undecided("two tangent directions lie too close to tell apart")
+        derivative, level = derivative.deriv(), level.deriv()
+    return x, error
 
 
-def _trim(f: Array) -> Array:
-    """Drop trailing rows and columns that are all exactly zero."""
-    used = np.abs(f).max(axis=0) > 0
-    if not used.any():
-        return f[:, :1, :1]
+def _made(
+    f: Array, noise: Array, first: Curve | None, second: Curve | None, a: int, b: int
+) -> _Point:
+    """A point without trailing rows and columns that are exactly zero and exactly known."""
+    used = (np.abs(f).max(axis=0) > 0) | (noise > 0)
+    used[0, 0] = True
     i = int(np.flatnonzero(used.any(axis=1))[-1]) + 1
     j = int(np.flatnonzero(used.any(axis=0))[-1]) + 1
-    return f[:, :i, :j]
+    return _Point(f[:, :i, :j], noise[:i, :j], first, second, a, b)
 
 
 def _shift(f: Array, by: float) -> Array:
-    """Coefficients after v -> v + by."""
+    """Coefficients after v -> v + by; f is (..., i, j)."""
     if by == 0:
         return f
-    out = np.zeros_like(f)
-    size = f.shape[2]
+    size = f.shape[-1]
+    matrix = np.zeros((size, size))
     for j in range(size):
         for m in range(j + 1):
-            out[:, :, m] += f[:, :, j] * comb(j, m) * by ** (j - m)
+            matrix[j, m] = comb(j, m) * by ** (j - m)
+    return f @ matrix
+
+
+def _slope(f: Array) -> Array:
+    """∂f/∂v with the same shape."""
+    out = np.zeros_like(f)
+    out[..., :-1] = f[..., 1:] * np.arange(1, f.shape[-1])
     return out
 
 
@@ -180,56 +207,59 @@ def _order(point: _Point) -> int:
     Raises:
         Undecided: if all known coefficients vanish.
     """
-    f = point.f
-    scale = float(np.abs(f).max())
+    rows, cols = point.f.shape[1:]
     unknown = point.a + point.b
-    if scale > 0:
-        for degree in range(min(f.shape[1] + f.shape[2] - 1, unknown)):
-            terms = [
-                f[:, i, degree - i]
-                for i in range(max(0, degree - f.shape[2] + 1), min(degree + 1, f.shape[1]))
-            ]
-            if terms and not is_zero(max(float(np.abs(t).max()) for t in terms), scale):
-                return degree
+    for degree in range(min(rows + cols - 1, unknown)):
+        i = np.arange(max(0, degree - cols + 1), min(degree + 1, rows))
+        if len(i) and not absent(point.f[:, i, degree - i], point.noise[i, degree - i]):
+            return degree
     raise Undecided(f"all known Taylor coefficients vanish here (known to order {unknown - 1})")
 
 
 def _leading(f: Array, order: int) -> Array:
-    """Leading forms: column j is the coefficient of s^(order−j) v^j."""
-    out = np.zeros((f.shape[0], order + 1))
+    """(..., order+1) leading forms: column j is the coefficient of s^(order−j) v^j."""
+    out = np.zeros((*f.shape[:-2], order + 1))
     for j in range(order + 1):
-        if order - j < f.shape[1] and j < f.shape[2]:
-            out[:, j] = f[:, order - j, j]
+        if order - j < f.shape[-2] and j < f.shape[-1]:
+            out[..., j] = f[..., order - j, j]
     return out
 
 
-def common_roots(forms: Array) -> list[tuple[float, float, int]]:
-    """Real common zeros (a : b) on the projective line of binary forms Σ_j c_j a^(k−j) b^j.
+@dataclass(frozen=True)
+class Direction:
+    """A tangent direction (a : b), a unit vector, and the error of its smaller slope."""
 
-    Returns unit vectors with the multiplicity of the zero in a generic combination.
-    """
+    a: float
+    b: float
+    error: float
+
+
+def common_roots(forms: Array, noise: Array) -> list[Direction]:
+    """Real common zeros (a : b) on the projective line of binary forms Σ_j c_j a^(k−j) b^j."""
     order = forms.shape[1] - 1
     if order == 0:
         return []
-    scale = float(np.abs(forms).max())
     # A fixed, generic combination; a zero of it that is not common is seen by the other forms.
-    _, _, axes = np.linalg.svd(forms, full_matrices=False)
     weights = np.cos(1.0 + 2.0 * np.arange(forms.shape[0]))
-    combined = weights @ forms
-    if float(np.abs(combined).max()) < 1e-3 * scale:
-        combined = axes[0] * scale
-    zeros: list[tuple[float, float, int]] = []
+    combined, level = weights @ forms, np.abs(weights).sum() * noise
+    zeros: list[Direction] = []
     # Roots |b/a| <= 1 in one chart, the rest in the other, so that no root is large.
-    for chart, coefficients in ((0, combined), (1, combined[::-1])):
-        for root, multiplicity in real_roots(coefficients):
-            if abs(root) > 1 + 1e-9 or (chart == 1 and abs(abs(root) - 1) <= 1e-9):
+    for chart in (0, 1):
+        step = 1 if chart == 0 else -1
+        for root in real_roots(combined[::step], level[::step]):
+            x = root.value
+            if abs(x) > 1 + 1e-9 or (chart == 1 and abs(abs(x) - 1) <= 1e-9):
                 continue
-            a, b = (1.0, root) if chart == 0 else (root, 1.0)
-            norm = float(np.hypot(a, b))
-            a, b = a / norm, b / norm
-            powers = np.array([a ** (order - j) * b**j for j in range(order + 1)])
-            if is_zero(float(np.abs(forms @ powers).max()), scale):
-                zeros.append((a, b, multiplicity))
+            powers = x ** np.arange(order + 1)
+            slopes = np.arange(order + 1) * np.append(0.0, powers[:-1])
+            values = forms[:, ::step] @ powers
+            bound = noise[::step] @ np.abs(powers)
+            bound = bound + root.error * np.abs(forms[:, ::step]) @ np.abs(slopes)
+            bound = bound + 4 * EPS * np.abs(forms[:, ::step]) @ np.abs(powers)
+            if absent(values, bound):
+                norm = float(np.hypot(1.0, x))
+                a, b = (1 / norm, x / norm) if chart == 0 else (x / norm, 1 / norm)
+                zeros.append(Direction(a, b, root.error))
     return zeros
 
 
@@ -243,51 +273,57 @@ def _straighten(point: _Point, k: int, *, total: bool = False) -> tuple[_Point, 
     """
     if point.second is not None or point.a == 0:
         return None
-    forms = _leading(point.f, k)
-    scale = float(np.abs(forms).max())
-    top = float(np.abs(forms[:, k]).max())
-    if is_zero(top, scale):
+    forms, level = _leading(point.f, k), _leading(point.noise, k)
+    if absent(forms[:, k], level[k]):
         return None
     weights = forms[:, k] / np.linalg.norm(forms[:, k])
     first = weights @ forms
-    line = first[k - 1] / (k * first[k]) if k > 0 else 0.0
+    line = first[k - 1] / (k * first[k])
     power = np.array([comb(k, j) * line ** (k - j) for j in range(k + 1)])
-    residue = forms - np.outer(forms[:, k], power)
-    if not is_zero(float(np.abs(residue).max()), scale):
+    spread = float(np.abs(weights).sum())
+    error = spread * (level[k - 1] + abs(line) * k * level[k]) / (k * abs(first[k]))
+    rates = np.array([comb(k, j) * (k - j) * abs(line) ** max(k - j - 1, 0) for j in range(k + 1)])
+    bound = level + level[k] * np.abs(power) + np.abs(forms[:, k]).max() * rates * error
+    if not absent(forms - np.outer(forms[:, k], power), bound + 8 * EPS * np.abs(forms).max(0)):
         return None
-    known = min(point.a, 64)
     f = point.f
-    size = f.shape[1]
+    known = min(point.a, 64)
+    width = max(f.shape[1], known if known < 64 else f.shape[1])
     generator = np.tensordot(weights, f, 1)
-    phi = np.zeros(known)
+    phi, doubt = np.zeros(known), np.zeros(known)
     for q in range(1, known):
         # The coefficient of s^q v^(k−1) after v -> v + φ is linear in φ_q.
-        moved = _substitute(generator[None], phi, min(known, q + 1), k)[0]
-        phi[q] = -moved[q, k - 1] / (k * generator[0, k]) if q < moved.shape[0] else 0.0
-    width = max(size, known if known < 64 else size)
+        moved = _substitute(generator[None], phi, q + 1, k)[0]
+        size = _substitute(point.noise[None], np.abs(phi), q + 1, k)[0]
+        if moved.shape[1] > k - 1:
+            phi[q] = -moved[q, k - 1] / (k * generator[0, k])
+            doubt[q] = spread * size[q, k - 1] / (k * abs(generator[0, k])) + 4 * EPS * abs(phi[q])
     moved = _substitute(f, phi, width, f.shape[2])
-    straight = _Point(_trim(moved), point.first, None, point.a, 0)
-    below = moved[:, : min(point.a, moved.shape[1]), :k].copy()
+    size = _substitute(np.abs(f).max(0)[None], np.abs(phi), width, f.shape[2])[0]
+    bound = _substitute(point.noise[None], np.abs(phi), width, f.shape[2])[0] + 8 * EPS * size
+    rate = _slope(size)
+    for q in range(1, min(known, width)):
+        if doubt[q] > 0:
+            bound[q:] += doubt[q] * rate[: width - q]
+    below, level = moved[:, : min(point.a, width), :k].copy(), bound[: min(point.a, width), :k]
     if total:
         i, j = np.indices(below.shape[1:])
         below[:, i + j >= point.a] = 0.0
-    # Substitution errors grow with φ; compare with the size of what was cancelled.
-    size_scale = float(np.abs(moved).max())
-    flat = below.size == 0 or is_zero(float(np.abs(below).max()), size_scale)
+    flat = absent(below, level)
     if flat:
-        cleaned = moved.copy()
-        cleaned[:, :, :k] = 0.0
-        straight = _Point(_trim(cleaned), point.first, None, point.a, 0)
-    return straight, flat
+        moved[:, :, :k] = 0.0
+        bound[:, :k] = 0.0
+    return _made(moved, bound, point.first, None, point.a, 0), flat
 
 
 def _substitute(f: Array, phi: Array, width: int, height: int) -> Array:
-    """f(s, v + φ(s)) modulo s^width, keeping v-degrees up to ``height``."""
+    """f(s, v + φ(s)) modulo s^width, keeping v-degrees up to ``height``; f is (g, i, j)."""
     generators, size, degree = f.shape
     height = min(height + 1, degree)
     out = np.zeros((generators, width, height))
-    powers = [np.zeros(width)]
-    powers[0][0] = 1.0
+    power = np.zeros(width)
+    power[0] = 1.0
+    powers = [power]
     cut = np.zeros(width)
     cut[: min(width, len(phi))] = phi[:width]
     for _ in range(degree - 1):
@@ -302,16 +338,16 @@ def _substitute(f: Array, phi: Array, width: int, height: int) -> Array:
     return out
 
 
-def _blow_up(point: _Point, k: int, a: float, b: float) -> _Point:
+def _blow_up(point: _Point, k: int, a: float, b: float, error: float = 0.0) -> _Point:
     """The point in direction (a : b), |a| >= |b|, of the new curve: s = s', v = s'(v' + b/a)."""
-    f = point.f
-    generators, rows, cols = f.shape
-    out = np.zeros((generators, rows + cols - 1 - k if rows + cols - 1 > k else 1, cols))
+    rows, cols = point.f.shape[1:]
+    stacked = np.concatenate([point.f, point.noise[None]])
+    out = np.zeros((stacked.shape[0], max(rows + cols - 1 - k, 1), cols))
     for i in range(rows):
         for j in range(cols):
             power = i + j - k
             if power >= 0:
-                out[:, power, j] += f[:, i, j]
+                out[:, power, j] += stacked[:, i, j]
     ratio = b / a
     first = Curve(
         k + sum(c.order for c in (point.first, point.second) if c),
@@ -321,10 +357,16 @@ def _blow_up(point: _Point, k: int, a: float, b: float) -> _Point:
     passes = abs(ratio) <= SNAP
     known_a = point.a + point.b - k
     known_b = point.b if passes else 0
-    moved = _shift(out, 0.0 if passes else ratio)
+    moved, bound = out[:-1], out[-1]
+    if not passes or ratio != 0:
+        size = _shift(np.abs(moved).max(0), abs(ratio))
+        bound = _shift(bound, abs(ratio)) + 8 * EPS * size + error * _slope(size)
+        moved = _shift(moved, 0.0 if passes else ratio)
+        if passes:
+            bound = bound + abs(ratio) * _slope(size)
     if known_b == 0:
-        moved = moved[:, : max(known_a, 1)]
-    return _Point(_trim(moved), first, point.second if passes else None, known_a, known_b)
+        moved, bound = moved[:, : max(known_a, 1)], bound[: max(known_a, 1)]
+    return _made(moved, bound, first, point.second if passes else None, known_a, known_b)
 
 
 @dataclass
@@ -342,7 +384,7 @@ class _Log:
     def branch(self, point: _Point, k: int) -> None:
         """A branch of real zeros; a single reduced equation has one whatever its higher terms."""
         values = np.linalg.svd(point.f.reshape(point.f.shape[0], -1), compute_uv=False)
-        principal = len(values) == 1 or values[1] <= ZERO * values[0]
+        principal = len(values) == 1 or values[1] <= CLEAR * np.linalg.norm(point.noise)
         self.rests_on_zeros |= k > 1 or not principal
 
 
@@ -366,28 +408,30 @@ def _resolve(point: _Point, log: _Log) -> Iterator[tuple[Curve, ...]]:
     log.spend()
     if k >= point.a + point.b:
         raise Undecided("the leading form lies beyond the known Taylor order")
-    directions = [(a, b) for a, b, _ in common_roots(_leading(point.f, k))]
-    special = list(directions)
-    for curve, axis in ((point.second, (1.0, 0.0)), (point.first, (0.0, 1.0))):
-        cross = [abs(a * axis[1] - b * axis[0]) for a, b in special]
+    special = common_roots(_leading(point.f, k), _leading(point.noise, k))
+    for curve, axis in ((point.second, Direction(1, 0, 0)), (point.first, Direction(0, 1, 0))):
+        cross = [abs(d.a * axis.b - d.b * axis.a) for d in special]
         if curve is not None and (not cross or min(cross) > SNAP):
             special.append(axis)
     generic = _blow_up(point, k, 1.0, 0.0).first
     assert generic is not None
     yield (generic,)
-    for a, b in special:
-        if abs(a) >= abs(b):
-            yield from _resolve(_blow_up(point, k, a, b), log)
+    for d in special:
+        if abs(d.a) >= abs(d.b):
+            yield from _resolve(_blow_up(point, k, d.a, d.b, d.error), log)
         else:
-            yield from _resolve(_blow_up(point.swapped(), k, b, a), log)
+            yield from _resolve(_blow_up(point.swapped(), k, d.b, d.a, d.error), log)
 
 
-def planar_threshold(coefficients: Array, *, prior_exponent: int = 0) -> LocalThreshold:
+def planar_threshold(
+    coefficients: Array, *, noise: float = 1e-15, prior_exponent: int = 0
+) -> LocalThreshold:
     """(λ, m) at the origin of the ideal of real-analytic functions of two variables.
 
     Args:
         coefficients: (g, q+1, q+1): ``coefficients[g, i, j]`` is the Taylor coefficient of
             x^i y^j in generator g, known for i + j <= q; the generators vanish at the origin.
+        noise: error of the coefficients relative to the largest one.
         prior_exponent: h of a prior that vanishes like the h-th power of the distance to the
             origin.
 
@@ -403,10 +447,13 @@ def planar_threshold(coefficients: Array, *, prior_exponent: int = 0) -> LocalTh
     i, j = np.indices(f.shape[1:])
     f = np.where(i + j <= top, f, 0.0)
     scale = float(np.abs(f).max(initial=0.0))
-    lower, upper = Fraction(0), Fraction(2 + prior_exponent, 2 * (top + 1))
+    lower, upper = Fraction(0), Fraction(2 + prior_exponent, 2)
     if scale == 0:
+        upper = Fraction(2 + prior_exponent, 2 * (top + 1))
         return LocalThreshold(None, None, lower, upper, f"flat to order {top}")
-    start = _Point(f / scale, None, None, top + 1, 0)
+    f = f / scale
+    level = np.where(i + j <= top, np.maximum(noise, 4 * EPS * np.abs(f).max(0)), 0.0)
+    start = _Point(f, level, None, None, top + 1, 0)
     try:
         k = _order(start)
         lower, upper = Fraction(1, 2 * k), Fraction(2 + prior_exponent, 2 * k)
@@ -430,31 +477,32 @@ def planar_threshold(coefficients: Array, *, prior_exponent: int = 0) -> LocalTh
 def _start(point: _Point, k: int, prior_exponent: int, log: _Log) -> Iterator[tuple[Curve, ...]]:
     """Resolution of the first point, where the remainder is known by total degree."""
     if prior_exponent == 0:
-        rotated = _facing(point, k)
-        straight = _straighten(rotated, k, total=True)
+        straight = _straighten(_facing(point, k), k, total=True)
         if straight is not None and straight[1]:
             log.branch(point, k)
             yield (Curve(k, Fraction(1)),)
             return
     # Unknown terms have degree >= a, so they carry s^a in every chart of the first blow-up.
-    extra = Fraction(prior_exponent)
-    directions = [(a, b) for a, b, _ in common_roots(_leading(point.f, k))]
+    directions = common_roots(_leading(point.f, k), _leading(point.noise, k))
     log.spend()
-    yield (Curve(k, 2 + extra),)
-    for a, b in directions:
-        source, (c, d) = (point, (a, b)) if abs(a) >= abs(b) else (point.swapped(), (b, a))
-        # In the swapped point the known total degree is the same number.
-        source = _Point(source.f, None, None, point.a, 0)
-        blown = _blow_up(source, k, c, d)
+    yield (Curve(k, Fraction(2 + prior_exponent)),)
+    for d in directions:
+        if abs(d.a) >= abs(d.b):
+            blown = _blow_up(point, k, d.a, d.b, d.error)
+        else:
+            blown = _blow_up(_turned(point), k, d.b, d.a, d.error)
         assert blown.first is not None
-        exceptional = Curve(blown.first.order, blown.first.discrepancy + extra)
-        yield from _resolve(_Point(blown.f, exceptional, None, blown.a, 0), log)
+        curve = Curve(blown.first.order, blown.first.discrepancy + prior_exponent)
+        yield from _resolve(replace(blown, first=curve), log)
+
+
+def _turned(point: _Point) -> _Point:
+    """Swapped variables where the known total degree is the same number either way."""
+    swapped = point.swapped()
+    return replace(swapped, a=point.a, b=0)
 
 
 def _facing(point: _Point, k: int) -> _Point:
-    """Rotate by 90 degrees if the pure power of v is missing from the leading forms."""
+    """Swap the variables if the pure power of v is missing from the leading forms."""
     forms = _leading(point.f, k)
-    if np.abs(forms[:, k]).max() < np.abs(forms[:, 0]).max():
-        swapped = point.swapped()
-        return _Point(swapped.f, None, None, point.a, 0)
-    return point
+    return _turned(point) if np.abs(forms[:, k]).max() < np.abs(forms[:, 0]).max() else point
