@@ -11,13 +11,14 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import cache
 from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
 from torch._decomp import core_aten_decompositions, get_decompositions
-from torch.fx.experimental.proxy_tensor import make_fx
 from torch.func import functional_call, functionalize
+from torch.fx.experimental.proxy_tensor import make_fx
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils import _pytree as pytree
 
@@ -114,6 +115,7 @@ _OWN = {
 }
 
 
+@cache
 def _decompositions() -> dict[Any, Any]:
     table = dict(core_aten_decompositions())
     table.update(get_decompositions([op for op in _SPLIT if op is not None]))
@@ -232,16 +234,15 @@ def capture(model: nn.Module, inputs: Any, *, names: Sequence[str] | None = None
     """Trace ``model`` on ``inputs`` with the named parameters as placeholders.
 
     Args:
-        model: any module; control flow may depend on shapes and on data (the path taken on these
-            inputs is the one recorded).
+        model: any module whose control flow depends on shapes only.
         inputs: a tensor, a tuple (positional) or a dict (keyword arguments); the sample dimension
             leads everywhere.
         names: parameters to expose; all of ``model.named_parameters()`` by default. The others
             are constants of the graph.
 
     Raises:
-        ValueError: for an unknown parameter name, or a model in training mode with dropout or
-            batch norm.
+        ValueError: for an unknown parameter name, a model in training mode with dropout or batch
+            norm, or a forward that reads the value of a tensor.
     """
     check_deterministic(model)
     available = {k: v.detach() for k, v in model.named_parameters()}
@@ -262,9 +263,19 @@ def capture(model: nn.Module, inputs: Any, *, names: Sequence[str] | None = None
         return call_model(model, state, pytree.tree_unflatten(filled, spec))
 
     example = (list(chosen.values()), [leaves[i].detach() for i in slots])
-    with torch.no_grad(), readable_attention():
-        module = make_fx(functionalize(forward), decomposition_table=_decompositions())(*example)
-        # Decompositions may themselves mutate temporaries: once more, without them.
-        module = make_fx(functionalize(module))(*example)
+    try:
+        with torch.no_grad(), readable_attention():
+            module = make_fx(functionalize(forward), decomposition_table=_decompositions())(
+                *example
+            )
+            # Decompositions may themselves mutate temporaries: once more, without them.
+            module = make_fx(functionalize(module))(*example)
+    except RuntimeError as error:
+        if "tracing tensor" not in str(error):
+            raise
+        raise ValueError(
+            "model: expected a forward whose control flow depends neither on the data nor on the "
+            "parameters; it reads the value of a tensor"
+        ) from error
     module.graph.eliminate_dead_code()
     return Capture(module.graph, module, tuple(chosen), chosen, _last_uses(module.graph))

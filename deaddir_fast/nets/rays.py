@@ -285,15 +285,7 @@ class _Rays:
         """The forward for this many samples, recorded on these if it is not yet."""
         size = graph.batch_size(samples)
         if size not in self.captures:
-            try:
-                self.captures[size] = graph.capture(self.model, samples, names=self.names)
-            except RuntimeError as error:
-                if "tracing tensor" not in str(error):
-                    raise
-                raise ValueError(
-                    "model: expected a forward whose control flow depends neither on the data nor "
-                    "on the parameters; it reads the value of a tensor"
-                ) from error
+            self.captures[size] = graph.capture(self.model, samples, names=self.names)
         return self.captures[size]
 
     def _direct(self, parameters: dict[str, Tensor], samples: Any) -> Tensor:
