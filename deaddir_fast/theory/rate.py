@@ -39,10 +39,10 @@ MAX_ORDER_ERROR = 0.5
 # Curves that rise by less than this factor show no second regime: no floor and no offset is fitted.
 MIN_RISE = 2.5
 # Scatter (of log values) above which a slope consistent with 0 is no evidence of anything.
-MAX_FLAT_SCATTER = 0.35
+MAX_FLAT_SCATTER = 0.3
 # A constant claims more: its slope is known to this.
 MAX_FLAT_ERROR = 0.5
-MAX_SCATTER = 1.0
+MAX_SCATTER = 0.7
 # Slopes above minus this are taken for zero.
 NEGATIVE = 0.05
 # Lag-one correlation of the residuals, in standard deviations of white noise's; fitting a few

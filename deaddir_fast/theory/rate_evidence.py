@@ -25,9 +25,12 @@ Mask = NDArray[np.bool_]
 # Bend size in units of the noise, from none to far above rounding.
 RATIOS: Array = np.concatenate([[0.0], np.logspace(-1.5, 15.0, 56)])
 _STEP = float(np.log(RATIOS[2] / RATIOS[1]))
-# Prior on the bend at the upper end T of the window: none at all, or lognormal about one half.
-NO_BEND = 0.25
-BEND_MEDIAN, BEND_SPREAD = 0.5, 1.5
+# Prior on the bend at the upper end T of the window: none at all, or lognormal.
+NO_BEND = 0.6
+BEND_MEDIAN, BEND_SPREAD = 0.4, 1.0
+# Prior sigma^(NOISE - 1) on the noise, between log-uniform (0) and uniform (1; Gelman 2006): of the
+# noise levels that an interpolating bend leaves open, the larger ones count more.
+NOISE = 0.5
 # Taylor terms of the bend, and the number of their combinations that are kept.
 SERIES, TERMS = 80, 14
 # Domains of analyticity tried: (mapped, rho).
@@ -103,9 +106,7 @@ def posterior(y: Array, x: Array, phi: Array, w: Array, target: int, rounding: f
     """
     n_used = (w > 0).sum(axis=1)
     q = x.shape[-1]
-    # A flat prior on sigma (Gelman 2006), not on log sigma: of the noise levels that an
-    # interpolating bend leaves open, the larger ones count.
-    dof = (n_used - q - 1).astype(float)
+    dof = (n_used - q - NOISE).astype(float)
     xw, pw, yw = x * w[..., None], phi * w[..., None], (y * w)[..., None]
     basis, tri = np.linalg.qr(xw)
     inner_y = np.swapaxes(basis, 1, 2) @ yw

@@ -32,8 +32,8 @@ LEFT_OUT = 2.1
 # Windows this many nats below the best scouted one, or beyond this many, are dropped.
 KEEP, MOST = 8.0, 20
 # Additive noise: prior share, where in the window it takes over, windows starting lower by up to.
-ADDITIVE, CROSSINGS, LOWER = 0.3, (0.2, 0.4, 0.6, 0.8), 4
-PRIOR = {"power": 0.45, "cut": 0.2, "offset": 0.175, "floor": 0.175}
+ADDITIVE, CROSSINGS, LOWER = 0.1, (0.2, 0.4, 0.6, 0.8), 4
+PRIOR = {"power": 0.76, "cut": 0.08, "offset": 0.08, "floor": 0.08}
 
 
 @dataclass(frozen=True)

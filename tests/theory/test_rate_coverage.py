@@ -99,11 +99,11 @@ def tally(count: int, seed: int) -> tuple[int, int, float]:
 
 
 def test_intervals_cover_on_a_small_sample() -> None:
-    resolved, covered, share = tally(200, seed=20)
-    assert resolved >= 150
+    resolved, covered, share = tally(150, seed=20)
+    assert resolved >= 120
     assert share > 0.8
-    # 95 % in 200: 3.5 binomial standard deviations to either side.
-    assert 0.895 <= covered / resolved <= 1.0
+    # 95 % in 150: three binomial standard deviations to either side.
+    assert 0.89 <= covered / resolved <= 1.0
 
 
 @pytest.mark.slow
