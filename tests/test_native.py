@@ -59,8 +59,9 @@ def problem(
     )
 
 
-# Around every edge of the tiling: register tiles of 6 or 12 rows, panels of 4 to 32 columns, runs
-# of 256, groups of 8 and 32 samples, blocks of up to 512, rows of 2048 tokens; both forms with tokens.
+# Around every edge of the tiling, with and without contracting tokens first: register tiles of 6
+# or 12 rows, panels of 4 to 32 columns, runs of 256, groups of 8 and 32 samples, blocks of up to
+# 512, rows of 2048 tokens.
 SHAPES = [
     (1, None, 1, 1, 1),
     (3, None, 5, 7, 2),
