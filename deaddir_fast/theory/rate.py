@@ -155,8 +155,9 @@ def fit_rate(
     interval is the 2.5-97.5 % range of the resulting mixture of Student distributions.
 
     **Verdict.** Resolved needs: five usable points; at least four and one decade in the window in
-    which the power term dominates floor, offset and bend; an order known to ±0.5; scatter small
-    enough for the claim; a slope that is not negative; no rounding floor posing as a constant; no
+    which the power term dominates floor, offset and bend; an order known to ±0.5 (a
+    constant's to ±0.25); scatter small enough for the claim, and residuals that do not run
+    together along t; a slope that is not negative; no rounding floor posing as a constant; no
     rise away from a constant (which a live direction with a bend, a floor and an offset all
     explain); agreement with the pointwise identity where kl is given. Curvature that is exactly
     zero at every radius is "flat", order inf.

@@ -48,9 +48,7 @@ def floor_candidates(points: Points, powers: list[Candidates]) -> Candidates | N
             log_density,
         )
         if best is None or weight.max() > best.weight.max():
-            best = Candidates(
-                "floor", lo, hi, family, w, weight, free, log_floor=log_c, floor_share=share
-            )
+            best = Candidates("floor", lo, hi, family, w, weight, free)
     return best
 
 

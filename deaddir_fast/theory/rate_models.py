@@ -66,8 +66,6 @@ class Candidates:
     weight: Array
     post: Posterior
     offset: float = 0.0
-    log_floor: float = -np.inf
-    floor_share: Array | None = None
 
     def best(self) -> tuple[int, int]:
         """Index (design, bend ratio) of the largest weight."""
