@@ -17,6 +17,7 @@ from deaddir_fast.nets.jet import JetProgram
 from deaddir_fast.nets.likelihood import Likelihood
 from deaddir_fast.nets.space import ParameterSpace
 
+EPS = torch.finfo(torch.float64).eps
 ROW_BLOCK = 256  # directions per forward-mode pass
 
 
@@ -61,7 +62,7 @@ class Spectrum:
         values: (min(N, d),) singular values of B, falling; their squares are the eigenvalues of F.
         left: (N, r) orthonormal output patterns of the live directions.
         live: (d, r) orthonormal live directions.
-        dead: (d, d − r) orthonormal basis of the null space of F.
+        dead: (d, d − r) orthonormal basis of the null space of F; None where it is too large.
         tolerance: singular values below it count as zero.
         clear: singular values above it count as live; none may lie between the two.
         rows: N, the number of output equations, an upper limit of the rank.
@@ -71,7 +72,7 @@ class Spectrum:
     values: Tensor
     left: Tensor
     live: Tensor
-    dead: Tensor
+    dead: Tensor | None
     tolerance: float
     clear: float
     rows: int
@@ -82,13 +83,17 @@ class Spectrum:
         """Number of live directions."""
         return self.live.shape[1]
 
+    def onto_dead(self, vectors: Tensor) -> Tensor:
+        """Projection of the columns of a (d, q) matrix onto the null space of F."""
+        return vectors - self.live @ (self.live.T @ vectors)
+
     @property
     def gap(self) -> float:
-        """Ratio of the smallest live singular value to the largest dead one (or the tolerance)."""
+        """Ratio of the smallest live singular value to the largest dead one, or to rounding."""
         if self.rank == 0:
             return float("inf")
         below = self.values[self.rank :]
-        floor = max(float(below.max()) if below.numel() else 0.0, 1e-300)
+        floor = max(float(below.max()) if below.numel() else 0.0, EPS * float(self.values[0]))
         return float(self.values[self.rank - 1]) / floor
 
 
@@ -107,8 +112,7 @@ def decompose(jacobian: Tensor, scale: float = 0.0) -> Spectrum:
     else:
         u, values, vh = torch.linalg.svd(jacobian, full_matrices=True)
     largest = max(float(values.max()) if values.numel() else 0.0, scale)
-    eps = torch.finfo(torch.float64).eps
-    tolerance = 64 * eps * max(rows, d, 1) ** 0.5 * largest
+    tolerance = 64 * EPS * max(rows, d, 1) ** 0.5 * largest
     clear = 1e3 * tolerance
     rank = int((values > tolerance).sum())
     ambiguous = int(((values > tolerance) & (values < clear)).sum())
@@ -118,8 +122,13 @@ def decompose(jacobian: Tensor, scale: float = 0.0) -> Spectrum:
     return Spectrum(values, u[:, :rank], vh[:rank].T, dead, tolerance, clear, rows, ambiguous)
 
 
-def numerical_rank(jacobian: Tensor, tolerance: float) -> int:
-    """Number of singular values above ``tolerance``."""
-    if jacobian.shape[0] > jacobian.shape[1]:
-        jacobian = torch.linalg.qr(jacobian, mode="r").R
-    return int((torch.linalg.svdvals(jacobian) > tolerance).sum())
+def rank_on(split: Spectrum, samples: int, step: int) -> int:
+    """Rank of F on every ``step``-th sample: that of the rows of B = U S Vᵀ that belong to them."""
+    if split.rank == 0:
+        return 0
+    rows = (split.left * split.values[: split.rank]).reshape(samples, -1, split.rank)
+    part = rows[::step].reshape(-1, split.rank)
+    if part.shape[0] > part.shape[1]:
+        part = torch.linalg.qr(part, mode="r").R
+    # The rows are scaled by 1/√n of all samples: the tolerance carries over within √step.
+    return int((torch.linalg.svdvals(part) > split.tolerance).sum())

@@ -11,13 +11,12 @@ import torch
 from torch import Tensor, nn
 
 from deaddir_fast import _check, gauge
-from deaddir_fast.fisher.jacobian import numerical_rank
+from deaddir_fast.fisher.jacobian import rank_on
 from deaddir_fast.reading.dead_space import DeadSpace, explore
 from deaddir_fast.reading.local import LocalModel
 from deaddir_fast.theory.local_rlct import flag
 from deaddir_fast.theory.threshold import Undecided
 
-DENSE_LIMIT = 4096  # parameters up to which the null space is computed densely
 MEASURED = 256  # directions whose own orders are measured; the rest of a large space is summed up
 BATCH = 64  # directions whose jets are taken together
 
@@ -28,6 +27,9 @@ class DeadDirections:
 
     Attributes:
         directions: {parameter name: (q, *shape)}: gauge first, then singular, then fibre.
+        dead_dimension: dimension of the null space; q is smaller where ``sampled``.
+        sampled: the null space is too large to list: gauge directions are complete, the others
+            random samples that stand for the rest.
         kinds: per direction ``"gauge"`` (tangent to a symmetry orbit), ``"fibre"`` (K stays zero
             after relaxing the live coordinates), ``"singular"`` (K grows with a finite order) or
             ``"unresolved"``.
@@ -50,6 +52,8 @@ class DeadDirections:
     """
 
     directions: dict[str, Tensor]
+    dead_dimension: int
+    sampled: bool
     kinds: tuple[str, ...]
     orders: Tensor
     line_orders: Tensor
@@ -79,13 +83,8 @@ class DeadDirections:
 
 
 def half_rank(local: LocalModel) -> int | None:
-    """Rank of the whitened Jacobian on every second sample; None for one sample."""
-    if local.samples < 2:
-        return None
-    blocks = local.jacobian.reshape(local.samples, -1, local.space.dimension)
-    # The rows are scaled by 1/√n of all samples: the tolerance carries over within √2.
-    half = blocks[::2].reshape(-1, local.space.dimension)
-    return numerical_rank(half, local.spectrum.tolerance)
+    """Rank on every second sample; None for one sample."""
+    return rank_on(local.spectrum, local.samples, 2) if local.samples > 1 else None
 
 
 def _batches(vectors: Tensor) -> Iterator[Tensor]:
@@ -188,15 +187,17 @@ def dead_directions(
     2606.05957, definition 1; the relaxed reading is our choice).
 
     Args:
-        model: any module in evaluation mode, with at most 4096 parameters.
+        model: any module in evaluation mode. Up to 4096 parameters the null space is dense and
+            complete; beyond, the live space is found by Fisher products and a randomised range
+            finder, and the null space is sampled.
         inputs: tensor, tuple or dict; samples lead.
         likelihood: ``"categorical"``, ``"gaussian"``, ``"bernoulli"``, ``"poisson"`` or a
             ``Likelihood``.
         max_order: highest KL order looked for; a direction flat to that order counts as fibre.
 
     Raises:
-        ValueError: for a model in training mode, NaN parameters or outputs, empty inputs, or too
-            many parameters for the dense null space.
+        ValueError: for a model in training mode, NaN parameters or outputs, empty inputs, or a
+            rank too large for the range finder.
     """
     local = open_local(model, inputs, likelihood, max_order)
     space = explore(local, max_order, gauges=gauge.find(local.model, local.inputs))
@@ -222,6 +223,8 @@ def describe(local: LocalModel, space: DeadSpace, max_order: int) -> DeadDirecti
     split = local.spectrum
     return DeadDirections(
         directions=local.space.directions(vectors),
+        dead_dimension=local.space.dimension - split.rank,
+        sampled=space.rest.shape[1] < space.size,
         kinds=tuple(kinds),
         orders=torch.tensor(orders, dtype=torch.float64),
         line_orders=torch.tensor(lines, dtype=torch.float64),
@@ -246,9 +249,4 @@ def open_local(model: nn.Module, inputs: Any, likelihood: Any, max_order: int) -
         raise _check.fail("model", model, "a torch.nn.Module", TypeError)
     if not isinstance(max_order, int) or max_order < 2:
         raise _check.fail("max_order", max_order, "an integer >= 2")
-    size = sum(p.numel() for p in model.parameters())
-    if size > DENSE_LIMIT:
-        raise ValueError(
-            f"model: expected at most {DENSE_LIMIT} parameters for a dense null space, got {size}"
-        )
     return LocalModel(model, inputs, likelihood)

@@ -13,6 +13,8 @@ from deaddir_fast import gauge
 from deaddir_fast.reading.local import MARGIN, LocalModel, RelaxedJets
 from deaddir_fast.theory.germ import Germ, count, fit_germ
 
+SAMPLED = 16  # vectors that stand for a dead space too large to list
+ORBIT_ENTRIES = 250_000_000  # gauges whose tangents need more numbers than this are left out
 PROBES = 6  # random dead directions that decide flatness and the generic order
 GERM_VARIABLES = 6  # the Taylor polynomial is taken in at most this many dead variables
 GERM_MONOMIALS = 250  # and with at most this many monomials of one degree
@@ -27,8 +29,9 @@ class DeadSpace:
 
     Attributes:
         orbit: (d, γ) orthonormal gauge orbit tangents; K is constant along them.
-        rest: (d, μ) orthonormal complement of the orbit in the dead space, coordinate axes first.
-        axes: number of leading columns of ``rest`` that are coordinate axes.
+        rest: (d, μ) orthonormal complement of the orbit in the dead space, coordinate axes first;
+            where that is too large, a random sample of it.
+        size: μ, the dimension of the whole complement.
         gauges: names of the gauges found.
         order: generic KL order in ``rest`` after relaxing; inf where flat, None where unclear.
         germ: Taylor polynomial of the relaxed outputs on ``rest``, in units of ``radius``; None
@@ -42,7 +45,7 @@ class DeadSpace:
 
     orbit: Tensor
     rest: Tensor
-    axes: int
+    size: int
     gauges: tuple[str, ...]
     order: float | None
     germ: Germ | None
@@ -57,7 +60,9 @@ def orbit_tangents(local: LocalModel, found: Sequence[gauge.Gauge]) -> tuple[Ten
     """(d, γ) orthonormal tangents of the gauges that the likelihood has, inside the dead space."""
     kept = [g for g in found if g.likelihood in (None, local.likelihood.name)]
     empty = torch.zeros(local.space.dimension, 0, dtype=torch.float64)
-    if not kept:
+    room = ORBIT_ENTRIES // local.space.dimension
+    kept = [g for g in kept if g.dimension <= room]
+    if not kept or sum(g.dimension for g in kept) > room:
         return empty, []
     blocks = []
     for g in kept:
@@ -71,32 +76,37 @@ def orbit_tangents(local: LocalModel, found: Sequence[gauge.Gauge]) -> tuple[Ten
     _, values, axes = torch.linalg.svd(rows, full_matrices=False)
     basis = axes[values > 1e-10 * values[0]].T
     # What is not dead on these inputs to rounding does not belong to an orbit.
-    dead = local.spectrum.dead
-    inside = dead @ (dead.T @ basis)
-    u, values, _ = torch.linalg.svd(inside, full_matrices=False)
+    u, values, _ = torch.linalg.svd(local.spectrum.onto_dead(basis), full_matrices=False)
     return u[:, values > 1 - 1e-8], [g.name for g in kept]
 
 
 def complement(local: LocalModel, orbit: Tensor) -> tuple[Tensor, int]:
-    """(d, μ) orthonormal rest of the dead space, and how many leading columns are axes."""
+    """(d, μ) orthonormal rest of the dead space and μ; a sample where it is too large to list."""
     dead = local.spectrum.dead
+    size = local.space.dimension - local.spectrum.rank - orbit.shape[1]
+    if size == 0:
+        return orbit.new_zeros(orbit.shape[0], 0), 0
+    if dead is None:
+        generator = torch.Generator().manual_seed(11)
+        draws = torch.randn(
+            orbit.shape[0], min(size, SAMPLED), dtype=torch.float64, generator=generator
+        )
+        for _ in range(2):
+            draws = local.spectrum.onto_dead(draws)
+            draws = draws - orbit @ (orbit.T @ draws)
+        return torch.linalg.qr(draws).Q, size
     inside = dead - orbit @ (orbit.T @ dead)
-    if dead.shape[1] == orbit.shape[1]:
-        return dead.new_zeros(dead.shape[0], 0), 0
     u, values, _ = torch.linalg.svd(inside, full_matrices=False)
     rest = u[:, values > 0.5]
-    share = rest.norm(dim=1)
-    axes = torch.nonzero(share > 1 - 1e-9).flatten()
-    if len(axes) == 0:
-        return rest, 0
+    axes = torch.nonzero(rest.norm(dim=1) > 1 - 1e-9).flatten()
     units = torch.zeros(rest.shape[0], len(axes), dtype=rest.dtype)
     units[axes, torch.arange(len(axes))] = 1.0
-    if len(axes) == rest.shape[1]:
-        return units, len(axes)
+    if len(axes) in (0, rest.shape[1]):
+        return (units if len(axes) else rest), size
     left = rest.clone()
     left[axes] = 0.0
     u, values, _ = torch.linalg.svd(left, full_matrices=False)
-    return torch.cat([units, u[:, values > 0.5]], 1), len(axes)
+    return torch.cat([units, u[:, values > 0.5]], 1), size
 
 
 def _unit(rows: Tensor) -> Tensor:
@@ -109,7 +119,7 @@ def explore(
     """Split the dead space and measure what is in it; ``gauges`` are cut out of it."""
     orbit, names = orbit_tangents(local, gauges)
     magnitude = torch.zeros(max_order + 1, dtype=torch.float64)
-    rest, axes = complement(local, orbit)
+    rest, size = complement(local, orbit)
     mu = rest.shape[1]
 
     def result(
@@ -121,7 +131,7 @@ def explore(
         notes: tuple[str, ...] = (),
     ) -> DeadSpace:
         return DeadSpace(
-            orbit, rest, axes, tuple(names), order, germ, radius, kinked, reason, magnitude, notes
+            orbit, rest, size, tuple(names), order, germ, radius, kinked, reason, magnitude, notes
         )
 
     if mu == 0:
@@ -145,9 +155,9 @@ def explore(
     generic = min(k for k in orders if k is not None)
     if generic == float("inf"):
         return result(generic, notes=notes)
-    if mu > GERM_VARIABLES:
+    if size > GERM_VARIABLES:
         reason = (
-            f"{mu} dead dimensions outside the gauge orbit, of generic order {generic:g}: too "
+            f"{size} dead dimensions outside the gauge orbit, of generic order {generic:g}: too "
             f"many for the Taylor polynomial (limit {GERM_VARIABLES})"
         )
         return result(generic, reason=reason, notes=notes)

@@ -18,11 +18,20 @@ from deaddir_fast.fisher.jacobian import (
     whitened_coefficients,
     whitened_jacobian,
 )
+from deaddir_fast.fisher.range_finder import find_range
 from deaddir_fast.nets import likelihood as likelihoods
-from deaddir_fast.nets.graph import batch_size, call_model, check_deterministic
+from deaddir_fast.nets.graph import (
+    batch_size,
+    call_model,
+    check_deterministic,
+    readable_attention,
+)
 from deaddir_fast.nets.jet import JetProgram, kink_notes
 from deaddir_fast.nets.space import ParameterSpace
 
+DENSE_PARAMETERS = 4096  # up to here the Jacobian is formed,
+DENSE_ENTRIES = 250_000_000  # if it has at most this many entries
+MATRIX_FREE_RANK = 1024  # beyond, the live space is looked for up to this dimension
 REPLICAS = 2  # perturbed propagations, of opposite sign, that measure rounding
 MARGIN = 30.0  # a coefficient is zero below this many times the change they make
 AMBIGUOUS = 100.0  # and present above this many times that; nothing is claimed in between
@@ -152,7 +161,47 @@ class LocalModel:
     @cached_property
     def spectrum(self) -> Spectrum:
         """Live and dead directions at θ0."""
-        return decompose(self.jacobian)
+        if self.dense:
+            return decompose(self.jacobian)
+        return find_range(
+            self.push, self.pull, self.rows, self.space.dimension, limit=MATRIX_FREE_RANK
+        )
+
+    @property
+    def rows(self) -> int:
+        """N, the number of output equations."""
+        return self.outputs.numel()
+
+    @property
+    def dense(self) -> bool:
+        """Whether the whole Jacobian is formed."""
+        d = self.space.dimension
+        return d <= DENSE_PARAMETERS and d * self.rows <= DENSE_ENTRIES
+
+    def push(self, vectors: Tensor) -> Tensor:
+        """(k, d) directions -> (k, N) whitened output tangents B v."""
+        curves = {k: v[None] for k, v in self.space.directions(vectors).items()}
+        self.spent.jets(vectors.shape[0], 1)
+        jet = self.program.run(curves, 1, base=self.state)
+        return self.whiten(jet.coefficients[1])
+
+    def pull(self, cotangents: Tensor) -> Tensor:
+        """(k, N) cotangents -> (k, d) products Bᵀ w, one backward pass each."""
+        self.spent.forwards += 1 + 2 * cotangents.shape[0]
+        leaves = {k: v.clone().requires_grad_() for k, v in self.state.items()}
+        with torch.enable_grad(), readable_attention():
+            rows = self.whiten(call_model(self.model, leaves, self.inputs))
+        out = []
+        for w in cotangents:
+            grads = torch.autograd.grad(
+                rows, list(leaves.values()), w, retain_graph=True, allow_unused=True
+            )
+            filled = [
+                torch.zeros_like(v) if g is None else g
+                for g, v in zip(grads, leaves.values(), strict=True)
+            ]
+            out.append(torch.cat([g.reshape(-1) for g in filled]))
+        return torch.stack(out)
 
     @property
     def theta(self) -> Tensor:

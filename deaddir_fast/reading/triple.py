@@ -25,6 +25,7 @@ from deaddir_fast.theory.fluctuation import singular_fluctuation
 from deaddir_fast.theory.local_rlct import local_threshold
 from deaddir_fast.theory.threshold import LocalThreshold, decided
 
+FLAT_AXES = 32  # basis vectors of a flat space that are looked at one by one
 NEIGHBOURS = 8  # nearby points of the fibre that may lower the upper bound
 NEIGHBOUR_LIMIT = 200  # parameters up to which they are looked for
 NEIGHBOUR_ORDER = 4  # Taylor order there, where coefficients grow like distance^-q
@@ -85,7 +86,7 @@ class Triple:
 
 def singular_part(local: LocalModel, space: DeadSpace, prior_exponent: int) -> LocalThreshold:
     """(λ, m) of what is left on the dead space outside the gauge orbit."""
-    mu = space.rest.shape[1]
+    mu = space.size
     whole = Fraction(mu, 2)
     if mu == 0:
         return decided(Fraction(0), 1, "no dead direction outside the gauge orbit")
@@ -107,35 +108,51 @@ def singular_part(local: LocalModel, space: DeadSpace, prior_exponent: int) -> L
 def _confirmed(
     local: LocalModel, space: DeadSpace, found: LocalThreshold, upper: Fraction
 ) -> LocalThreshold:
-    """Accept a decision that rests on a fibre only if the fibre is there at a finite distance."""
+    """Accept a decision that rests on a fibre only if the fibre is really there.
+
+    Directions called flat must be flat on their own (along generic ones a weak growth drowns in
+    the rounding of a strong one) and stay put at a finite distance; a curved fibre must be found
+    by going there.
+    """
     top = len(space.magnitude) - 1 if space.germ is None else space.germ.top
-    for vector in fibre_candidates(space):
-        jets = local.relaxed_jets(vector[None], top)
-        if jets.orders()[0] != float("inf"):
-            continue
-        seen = follow_fibre(local, space, vector, jets, 0)
-        if seen.distance == 0 and top < seen.growth < 5 * top:
-            why = (
-                f"flat to order {top}, but at a finite distance the outputs move like "
-                f"t^{seen.growth:.1f}: the order is above {top}"
-            )
-            return LocalThreshold(None, None, Fraction(0), upper, why)
+    lower = Fraction(0)
+
+    def refuse(why: str) -> LocalThreshold:
+        return LocalThreshold(None, None, lower, upper, why)
+
+    vectors = flat_directions(space)
+    if vectors.shape[0]:
+        jets = local.relaxed_jets(vectors, top)
+        for index, order in enumerate(jets.orders()):
+            if order != float("inf"):
+                said = "too close to rounding" if order is None else f"order {order:g}"
+                return refuse(f"a direction that looks flat among others is {said} on its own")
+            seen = follow_fibre(local, space, vectors[index], jets, index)
+            if seen.distance == 0 and top < seen.growth < 5 * top:
+                return refuse(
+                    f"flat to order {top}, but at a finite distance the outputs move like "
+                    f"t^{seen.growth:.1f}: the order is above {top}"
+                )
+    elif local.space.dimension <= NEIGHBOUR_LIMIT:
+        candidates = neighbour_directions(local, space)
+        if all(_onto_fibre(local, space, RADII[0], v) is None for v in candidates):
+            return refuse("the Taylor polynomial has a fibre, but none is found at a distance")
     return found
 
 
-def fibre_candidates(space: DeadSpace, seed: int = 1) -> Iterator[Tensor]:
-    """Unit vectors along which the fibre should run: flat blocks, coordinate axes, random ones."""
-    generator = torch.Generator().manual_seed(seed)
-    adapted = flag_basis(space)
-    if adapted is not None:
-        basis, orders = adapted
-        for column, order in zip(basis.T, orders, strict=True):
-            if order == float("inf"):
-                yield column
+def flat_directions(space: DeadSpace, seed: int = 1) -> Tensor:
+    """(p, d) unit vectors a reading takes for flat: flat blocks, or samples of a flat space."""
     if space.order == float("inf"):
-        draws = torch.randn(3, space.rest.shape[1], dtype=torch.float64, generator=generator)
-        yield from (draws / draws.norm(dim=1, keepdim=True)) @ space.rest.T
-    yield from space.rest.T[: min(space.rest.shape[1], 8)]
+        generator = torch.Generator().manual_seed(seed)
+        draws = torch.randn(2, space.rest.shape[1], dtype=torch.float64, generator=generator)
+        draws = draws / draws.norm(dim=1, keepdim=True)
+        return torch.cat([draws @ space.rest.T, space.rest.T[:FLAT_AXES]])
+    adapted = flag_basis(space)
+    if adapted is None:
+        return space.rest.T[:0]
+    basis, orders = adapted
+    flat = [i for i, k in enumerate(orders) if k == float("inf")]
+    return basis.T[flat]
 
 
 def fluctuation_part(
@@ -284,7 +301,7 @@ def read_triple(
     fibres; Watanabe 2009; the relaxed Taylor reading is our choice).
 
     Args:
-        model: any module in evaluation mode, at most 4096 parameters; read in fp64 on a copy.
+        model: any module in evaluation mode; read in fp64 on a copy.
         inputs: tensor, tuple or dict; samples lead. λ belongs to their empirical distribution.
         likelihood: as in ``dead_directions``.
         prior_exponent: h >= 0 of a prior that vanishes like the h-th power of the distance to θ0

@@ -22,6 +22,7 @@ Otherwise the certified bounds 1/(2k) <= λ <= d/(2k) are returned with the reas
 
 from __future__ import annotations
 
+from dataclasses import replace
 from fractions import Fraction
 
 import numpy as np
@@ -235,7 +236,8 @@ def local_threshold(germ: Germ, *, prior_exponent: int = 0) -> LocalThreshold:
         kept = germ.invariant_directions(tuple(germ.parts), 300 * germ.noise)
         if 0 < kept.shape[1] < d:
             across = np.linalg.svd(kept, full_matrices=True)[0][:, kept.shape[1] :]
-            return local_threshold(germ.substitute(across))
+            # Dropping a direction to rounding claims a fibre along it.
+            return replace(local_threshold(germ.substitute(across)), rests_on_zeros=True)
     if d == 2:
         return planar_threshold(germ.planar(), noise=germ.noise, prior_exponent=h)
     bounds = Fraction(1, 2 * k), Fraction(d + h, 2 * k)
