@@ -37,10 +37,12 @@ def whitened_jacobian(
     likelihood: Likelihood,
     *,
     base: Mapping[str, Tensor] | None = None,
+    outputs: Tensor | None = None,
 ) -> Tensor:
     """B of shape (n·…, d) with F = BᵀB, by forward mode along every coordinate.
 
-    Forward mode costs d dual forwards and needs nothing of the model but its graph.
+    Forward mode costs d dual forwards and needs nothing of the model but its graph. ``base``
+    replaces the parameters, ``outputs`` (n, *out) the outputs whose metric whitens.
     """
     d = space.dimension
     columns = []
@@ -49,8 +51,8 @@ def whitened_jacobian(
         units = torch.zeros(stop - start, d, dtype=torch.float64)
         units[torch.arange(stop - start), torch.arange(start, stop)] = 1.0
         jet = program.run({k: v[None] for k, v in space.directions(units).items()}, 1, base=base)
-        outputs = jet.coefficients[0][0]
-        columns.append(whitened_coefficients(jet.coefficients[1], outputs, likelihood))
+        at = jet.coefficients[0][0] if outputs is None else outputs
+        columns.append(whitened_coefficients(jet.coefficients[1], at, likelihood))
     return torch.cat(columns).T.contiguous()
 
 

@@ -225,6 +225,11 @@ class JetProgram:
                 part = {k: v[:, columns] for k, v in moving.items()}
                 yield self._block(part, parameters, order, side, columns, rows, replicas)
 
+    @property
+    def captured(self) -> capturing.Capture:
+        """The captured forward over all samples."""
+        return self._captures[self.samples]
+
     def _capture(self, samples: int) -> capturing.Capture:
         if samples not in self._captures:
             inputs = capturing.slice_batch(self.inputs, 0, samples)

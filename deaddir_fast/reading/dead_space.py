@@ -20,7 +20,9 @@ GERM_VARIABLES = 6  # the Taylor polynomial is taken in at most this many dead v
 GERM_MONOMIALS = 250  # and with at most this many monomials of one degree
 GERM_NOISE = 1e-7  # Taylor coefficients with more relative rounding than this are not used
 KINK_MISFIT = 1e-6  # a germ that fits worse than this is not a polynomial: a kink
-DISTANCES = (0.3, 0.1, 0.03, 0.01)  # where flatness is looked at, in units of parameter space
+FAR = (1.0, 0.3)  # distances at which a flat direction must be flat: t^k is above rounding there
+NEAR = (0.1, 0.03, 0.01)  # enough where outputs are polynomials of low degree between kinks
+EXACT_LIMIT = 200  # parameters up to which the live equations are solved anew at a distance
 
 
 @dataclass(frozen=True)
@@ -134,6 +136,9 @@ def explore(
             orbit, rest, size, tuple(names), order, germ, radius, kinked, reason, magnitude, notes
         )
 
+    if local.kinked:
+        reason = "the point sits on a kink that the outputs feel at first order"
+        return result(None, kinked=True, reason=reason)
     if mu == 0:
         return result(float("inf"))
     generator = torch.Generator().manual_seed(seed)
@@ -141,13 +146,14 @@ def explore(
     probe = local.relaxed_jets(draws @ rest.T, max_order)
     notes = probe.notes
     magnitude = probe.straight.norm(dim=-1).max(1).values
-    kinked = any("kink" in note for note in notes)
-    if kinked:
-        # The sides are cones that sampled directions cannot exhaust: no order for all of them.
+    if any("kink" in note for note in notes):
         other = local.relaxed_jets(draws @ rest.T, max_order, side=-1)
-        sides = sorted({str(k) for k in probe.orders() + other.orders()})
-        reason = f"the point sits on a kink: one-sided orders {', '.join(sides)}"
-        return result(None, kinked=True, reason=reason, notes=notes)
+        gap = (other.residual - probe.residual).norm(dim=-1)
+        if bool((gap > MARGIN * torch.maximum(probe.noise, other.noise)).any()):
+            # The sides are cones that sampled directions cannot exhaust: no order for all of them.
+            sides = sorted({str(k) for k in probe.orders() + other.orders()})
+            reason = f"the point sits on a kink: one-sided orders {', '.join(sides)}"
+            return result(None, kinked=True, reason=reason, notes=notes)
     orders = probe.orders()
     if None in orders:
         reason = "a Taylor coefficient is too close to rounding to call zero or not"
@@ -218,19 +224,6 @@ def compress(residual: Tensor, low: int, top: int, radius: float) -> dict[int, n
     return {q: (v @ kept).numpy() for q, v in scaled.items()}
 
 
-@dataclass(frozen=True)
-class FibreCheck:
-    """Whether outputs really stay put at a finite distance along a direction.
-
-    Attributes:
-        distance: largest distance at which they do; 0 if at none.
-        growth: where they do not, the power of t with which they move.
-    """
-
-    distance: float
-    growth: float
-
-
 def rounding_at(local: LocalModel, space: DeadSpace, distance: float) -> float:
     """Rounding of the outputs' displacement at a distance from θ0."""
     powers = distance ** torch.arange(len(space.magnitude), dtype=torch.float64)
@@ -243,36 +236,48 @@ def rounding_at(local: LocalModel, space: DeadSpace, distance: float) -> float:
 
 def follow_fibre(
     local: LocalModel, space: DeadSpace, vector: Tensor, jets: RelaxedJets, index: int
-) -> FibreCheck:
-    """Step a finite distance along a dead vector, relax, and see whether the outputs moved."""
-    misses: list[tuple[float, float]] = []
-    for distance in DISTANCES:
+) -> Tensor | None:
+    """A point at a finite distance along a dead vector where the outputs are those of θ0, or None.
+
+    The other coordinates are solved for; the displacement along the vector stays. Small distances
+    prove nothing (t^9 is below rounding at 0.01) unless the outputs are polynomials of the
+    parameters between kinks, where vanishing Taylor coefficients are enough.
+    """
+    proven = local.degree < jets.residual.shape[0]
+    for distance in FAR + (NEAR if proven else ()):
         powers = distance ** torch.arange(jets.corrections.shape[0], dtype=torch.float64)
         start = (powers[:, None] * jets.corrections[:, index]).sum(0)
         floor = rounding_at(local, space, distance)
-        best = float("inf")
         for offset in (torch.zeros_like(start), start):
-            best = min(best, _relax(local, local.theta + distance * vector + offset, floor))
-            if best <= floor:
-                return FibreCheck(distance, float("inf"))
-        misses.append((distance, best))
-    (t1, f1), (t2, f2) = misses[-2:]
-    return FibreCheck(0.0, float(np.log(f1 / f2) / np.log(t1 / t2)))
+            theta = _relax(local, local.theta + distance * vector + offset, vector, floor)
+            if theta is not None:
+                return theta
+    return None
 
 
-def _relax(local: LocalModel, theta: Tensor, floor: float) -> float:
-    """Norm of the outputs' displacement after solving the live equations by chord steps."""
+def _relax(local: LocalModel, theta: Tensor, vector: Tensor, floor: float) -> Tensor | None:
+    """Solve for the outputs of θ0 without moving along ``vector``; None where that fails."""
     split = local.spectrum
-    residual = local.residuals(theta)
-    best = float(residual.norm())
+    best = float("inf")
     for _ in range(60):
-        if split.rank == 0 or best <= floor or not np.isfinite(best):
-            break
-        step = split.live @ ((split.left.T @ residual) / split.values[: split.rank])
-        theta = theta - step
         residual = local.residuals(theta)
         size = float(residual.norm())
-        if not size < 0.9 * best:
-            break
+        if size <= floor:
+            return theta
+        if not np.isfinite(size) or size > 0.98 * best:
+            return None
         best = size
-    return best
+        if local.space.dimension <= EXACT_LIMIT:
+            jacobian = local.jacobian_at(theta, metric=False)
+            jacobian = jacobian - torch.outer(jacobian @ vector, vector)
+            u, values, vh = torch.linalg.svd(jacobian, full_matrices=False)
+            top = float(values[0]) if values.numel() else 0.0
+            if top == 0:
+                return None
+            step = vh.T @ (values / (values**2 + top * size) * (u.T @ residual))
+        elif split.rank:
+            step = split.live @ ((split.left.T @ residual) / split.values[: split.rank])
+        else:
+            return None
+        theta = theta - step
+    return None

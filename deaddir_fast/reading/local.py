@@ -20,6 +20,7 @@ from deaddir_fast.fisher.jacobian import (
 )
 from deaddir_fast.fisher.range_finder import find_range
 from deaddir_fast.nets import likelihood as likelihoods
+from deaddir_fast.nets.degree import polynomial_degree
 from deaddir_fast.nets.graph import (
     batch_size,
     call_model,
@@ -129,6 +130,7 @@ class LocalModel:
             raise _check.fail("model", type(model).__name__, "a model with parameters")
         self.program = JetProgram(self.model, self.inputs)
         self.spent = Spent()
+        self.degree = polynomial_degree(self.program.captured)
         self.state = {k: v.detach() for k, v in self.model.named_parameters()}
         self._set_outputs()
 
@@ -151,12 +153,37 @@ class LocalModel:
         """(N, d) whitened Jacobian at θ0."""
         return self.jacobian_at(self.theta)
 
-    def jacobian_at(self, theta: Tensor) -> Tensor:
-        """(N, d) whitened Jacobian at ``theta``, in the metric of its own outputs."""
+    def jacobian_at(self, theta: Tensor, *, metric: bool = True) -> Tensor:
+        """(N, d) whitened Jacobian at ``theta``, in the metric of its own outputs or of θ0's."""
         self.spent.jets(self.space.dimension, 1)
-        return whitened_jacobian(
-            self.program, self.space, self.likelihood, base=self.space.directions(theta)
+        outputs = None if metric else self.outputs
+        found = whitened_jacobian(
+            self.program,
+            self.space,
+            self.likelihood,
+            base=self.space.directions(theta),
+            outputs=outputs,
         )
+        if not bool(torch.isfinite(found).all()):
+            raise ValueError(
+                "model: its outputs have no finite derivative at these parameters (a square root, "
+                "a norm or a division at zero?)"
+            )
+        return found
+
+    @cached_property
+    def kinked(self) -> bool:
+        """Whether outputs have a kink at θ0: one-sided derivatives that differ."""
+        generator = torch.Generator().manual_seed(5)
+        d = self.space.dimension
+        draws = torch.randn(4, d, dtype=torch.float64, generator=generator) / d**0.5
+        curves = {k: v[None] for k, v in self.space.directions(draws).items()}
+        right = self.program.run(curves, 1, base=self.state)
+        if not bool(right.kinks.any()):
+            return False
+        left = self.program.run(curves, 1, side=-1, base=self.state)
+        a, b = right.coefficients[1], left.coefficients[1]
+        return float((a - b).norm()) > 1e-9 * max(float(a.norm()), float(b.norm()))
 
     @cached_property
     def spectrum(self) -> Spectrum:
@@ -226,7 +253,9 @@ class LocalModel:
         """(..., n, *out) -> (..., N) in the metric at θ0."""
         return whitened_coefficients(coefficients, self.outputs, self.likelihood)
 
-    def relaxed_jets(self, vectors: Tensor, order: int, *, side: int = 1) -> RelaxedJets:
+    def relaxed_jets(
+        self, vectors: Tensor, order: int, *, side: int = 1, uncertainty: float = 0.0
+    ) -> RelaxedJets:
         """Taylor coefficients along dead vectors with the live coordinates solved out.
 
         With B = U S Vᵀ at θ0, the live coordinates y(t) are the power series with
@@ -239,22 +268,18 @@ class LocalModel:
             vectors: (p, d) unit vectors in the dead space.
             order: highest degree.
             side: +1 or −1, the side of a kink (piecewise models).
+            uncertainty: how far the vectors may be off; what such an error explains is rounding.
         """
         split = self.spectrum
         p, rank = vectors.shape[0], split.rank
         eps = torch.finfo(torch.float64).eps
-        if rank == 0:
-            (straight, *copies), notes = self._rows(vectors, None, order, side, REPLICAS)
-            corrections = torch.zeros(order + 1, p, self.space.dimension, dtype=torch.float64)
-            change = torch.stack([(c - straight).norm(dim=-1) for c in copies]).amax(0)
-            change = torch.maximum(change, eps * straight.norm(dim=-1))
-            return RelaxedJets(straight, straight, MARGIN * change, corrections, notes)
         # Rounding: the whole computation again for vectors turned by the digits that the split
         # into live and dead loses, and every number perturbed by its last digits.
-        loss = 8 * eps * float(split.values[0] / split.values[rank - 1])
+        condition = float(split.values[0] / split.values[rank - 1]) if rank else 1.0
+        loss = 8 * eps * condition
         generator = torch.Generator().manual_seed(3)
         turn = torch.randn(vectors.shape, generator=generator, dtype=torch.float64)
-        turned = vectors + loss * turn / turn.norm(dim=1, keepdim=True)
+        turned = vectors + max(loss, uncertainty) * turn / turn.norm(dim=1, keepdim=True)
         both = torch.cat([vectors, turned])
         corrections = torch.zeros(order + 1, 2 * p, self.space.dimension, dtype=torch.float64)
         inverse = (split.left / split.values[:rank]).T  # (r, N)
@@ -262,7 +287,7 @@ class LocalModel:
         rows, removed = straight, straight.norm(dim=-1)
         for degree in range(2, order + 1):
             step = -(rows[degree] @ inverse.T) @ split.live.T
-            if float(step.abs().max()) > 0:
+            if rank and float(step.abs().max()) > 0:
                 corrections[degree] += step
                 (rows,), _ = self._rows(both, corrections[: degree + 1], order, side, 0)
                 removed = torch.maximum(removed, rows.norm(dim=-1))

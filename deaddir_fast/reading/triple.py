@@ -19,12 +19,19 @@ from deaddir_fast.reading.dead import (
     spectrum_verdict,
     verdict,
 )
-from deaddir_fast.reading.dead_space import DeadSpace, explore, follow_fibre, rounding_at
+from deaddir_fast.reading.dead_space import (
+    EXACT_LIMIT,
+    DeadSpace,
+    explore,
+    follow_fibre,
+    rounding_at,
+)
 from deaddir_fast.reading.local import LocalModel
 from deaddir_fast.theory.fluctuation import singular_fluctuation
 from deaddir_fast.theory.local_rlct import local_threshold
 from deaddir_fast.theory.threshold import LocalThreshold, decided
 
+FLAT_UNCERTAINTY = 1e-9  # directions of flat blocks are computed from Taylor coefficients
 FLAT_AXES = 32  # basis vectors of a flat space that are looked at one by one
 NEIGHBOURS = 8  # nearby points of the fibre that may lower the upper bound
 NEIGHBOUR_LIMIT = 200  # parameters up to which they are looked for
@@ -88,10 +95,10 @@ def singular_part(local: LocalModel, space: DeadSpace, prior_exponent: int) -> L
     """(λ, m) of what is left on the dead space outside the gauge orbit."""
     mu = space.size
     whole = Fraction(mu, 2)
-    if mu == 0:
-        return decided(Fraction(0), 1, "no dead direction outside the gauge orbit")
     if space.order is None:
         return LocalThreshold(None, None, Fraction(0), whole, space.reason)
+    if mu == 0:
+        return decided(Fraction(0), 1, "no dead direction outside the gauge orbit")
     if space.order == float("inf"):
         flat = decided(Fraction(0), 1, "smooth fibre: flat dead space", rests_on_zeros=True)
         return _confirmed(local, space, flat, whole)
@@ -122,17 +129,23 @@ def _confirmed(
 
     vectors = flat_directions(space)
     if vectors.shape[0]:
-        jets = local.relaxed_jets(vectors, top)
+        jets = local.relaxed_jets(vectors, top, uncertainty=FLAT_UNCERTAINTY)
         for index, order in enumerate(jets.orders()):
             if order != float("inf"):
                 said = "too close to rounding" if order is None else f"order {order:g}"
                 return refuse(f"a direction that looks flat among others is {said} on its own")
-            seen = follow_fibre(local, space, vectors[index], jets, index)
-            if seen.distance == 0 and top < seen.growth < 5 * top:
+            there = follow_fibre(local, space, vectors[index], jets, index)
+            if there is None:
                 return refuse(
-                    f"flat to order {top}, but at a finite distance the outputs move like "
-                    f"t^{seen.growth:.1f}: the order is above {top}"
+                    f"flat to order {top}, but no fibre is found at a distance: the order may be "
+                    f"above {top}"
                 )
+            if local.space.dimension <= EXACT_LIMIT:
+                rank = local.at(there).spectrum.rank
+                if rank != local.spectrum.rank:
+                    return refuse(
+                        f"the rank along the fibre changes from {local.spectrum.rank} to {rank}"
+                    )
     elif local.space.dimension <= NEIGHBOUR_LIMIT:
         candidates = neighbour_directions(local, space)
         if all(_onto_fibre(local, space, RADII[0], v) is None for v in candidates):
@@ -248,7 +261,9 @@ def _onto_fibre(
         if float(residual.norm()) <= floor:
             moved = float((theta - local.theta).norm()) / radius
             return theta if 0.2 < moved < 3 else None
-        u, values, vh = torch.linalg.svd(local.jacobian_at(theta), full_matrices=False)
+        u, values, vh = torch.linalg.svd(
+            local.jacobian_at(theta, metric=False), full_matrices=False
+        )
         if float(values[0]) == 0:
             return None
         damping = float(values[0]) * float(residual.norm())
@@ -335,6 +350,9 @@ def read_triple(
     total = found.plus(half)
     reasons = [spectrum_verdict(local), saturation(local)]
     lower, upper = total.lower, total.upper
+    if local.kinked:
+        # One-sided derivatives are no live directions; K <= C |θ − θ0|² still bounds λ above.
+        lower, upper = Fraction(0), Fraction(local.space.dimension, 2)
     if reasons[0] or reasons[1]:
         # The rank may be off: live directions in doubt may be dead, and the other way round.
         lower = Fraction(split.rank - split.ambiguous, 2) if reasons[0] else lower
@@ -355,7 +373,13 @@ def read_triple(
         upper=upper,
         directions=dead,
         verdict=words,
-        fluctuation_verdict=nu_why if resolved and nu == nu else f"unresolved: {nu_why}",
+        fluctuation_verdict=(
+            "unresolved: λ is not resolved"
+            if not resolved
+            else nu_why
+            if nu == nu
+            else f"unresolved: {nu_why}"
+        ),
         rule=total.rule,
         rank=split.rank,
         rank_limit=split.rows,

@@ -180,7 +180,7 @@ def _complete_intersection(germ: Germ, k: int) -> LocalThreshold | None:
     forms = germ.part(k)
     singular = np.linalg.svd(forms, compute_uv=False)
     c = int((singular > 1e-6 * singular[0]).sum())
-    if c < len(singular) and not germ.absent(singular[c:]):
+    if c < len(singular) and not germ.absent(np.asarray(singular[c:], dtype=np.float64)):
         return None
     if c >= d:
         return None

@@ -126,6 +126,8 @@ def real_roots(form: Array, noise: Array) -> list[Root]:
             spread = max(abs(left[n] - centre) for n in members)
             if size > 1 and spread > 0.2 * (1 + abs(centre)):
                 continue
+            if size > 1 and _apart(poly, bound, [left[n] for n in members]):
+                continue
             refined = _refined(poly, bound, centre, size)
             if refined is None:
                 continue
@@ -137,6 +139,23 @@ def real_roots(form: Array, noise: Array) -> list[Root]:
                 raise Undecided("a pair of complex roots lies too close to the real axis to tell")
             break
     return sorted(found, key=lambda r: r.value)
+
+
+def _apart(
+    poly: np.polynomial.Polynomial, bound: np.polynomial.Polynomial, roots: list[complex]
+) -> bool:
+    """Whether roots are separate beyond the errors they have as simple roots.
+
+    Below about the square root of the coefficients' rounding two roots and a double one are the
+    same polynomial; what is closer counts as one root.
+    """
+    slopes = np.abs(poly.deriv()(np.array(roots)))
+    errors = bound(np.abs(roots)) / np.maximum(slopes, 1e-300)
+    gaps = np.abs(np.subtract.outer(roots, roots))[np.triu_indices(len(roots), 1)]
+    ratio = float(gaps.min()) / float(errors.max())
+    if 3 < ratio < 100:
+        raise Undecided("two tangent directions lie too close to tell apart")
+    return ratio >= 100
 
 
 def _refined(
@@ -431,7 +450,9 @@ def planar_threshold(
     Args:
         coefficients: (g, q+1, q+1): ``coefficients[g, i, j]`` is the Taylor coefficient of
             x^i y^j in generator g, known for i + j <= q; the generators vanish at the origin.
-        noise: error of the coefficients relative to the largest one.
+        noise: error of the coefficients relative to the largest one. What lies below counts as
+            zero, and tangent directions closer than about its square root as one; a decision that
+            uses this says so in ``rests_on_zeros``, and holds in the given units of x and y.
         prior_exponent: h of a prior that vanishes like the h-th power of the distance to the
             origin.
 
