@@ -1,0 +1,90 @@
+"""The command line: ``deaddir demo``, ``deaddir doctor``. Heavy imports wait for a command."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+import typer
+
+app = typer.Typer(
+    name="deaddir",
+    help="Read singular geometry off neural networks: dead directions, orders, (λ, m, ν).",
+    no_args_is_help=True,
+    add_completion=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+
+def _version(asked: bool) -> None:
+    if asked:
+        from importlib.metadata import PackageNotFoundError, version
+
+        try:
+            typer.echo(f"deaddir_fast {version('deaddir_fast')}")
+        except PackageNotFoundError:
+            from deaddir_fast import __version__
+
+            typer.echo(f"deaddir_fast {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def common(
+    version: bool = typer.Option(
+        False, "--version", callback=_version, is_eager=True, help="Print the version and exit."
+    ),
+) -> None:
+    """Read singular geometry off neural networks."""
+
+
+@app.command()
+def demo(
+    out: Path = typer.Option(Path("demo-report"), "--out", "-o", help="Folder for the report."),
+    seed: int = typer.Option(0, "--seed", min=0, help="Seed of every random draw."),
+    quick: bool = typer.Option(False, "--quick", help="Fewer and smaller cases, for a first look."),
+) -> None:
+    """Read networks whose answers are known, then one trained on handwritten digits.
+
+    Prints tables; writes report.json, curvature.png and curvature.svg to the folder.
+    """
+    from deaddir_fast.scan.demo import disagreements, run
+
+    try:
+        wrong = disagreements(run(out, seed=seed, quick=quick))
+    except OSError as error:
+        where = error.filename or out
+        typer.echo(f"error: cannot write {where}: {error.strerror or error}", err=True)
+        raise typer.Exit(1) from None
+    except KeyboardInterrupt:
+        typer.echo("interrupted; nothing half-written is left behind", err=True)
+        raise typer.Exit(130) from None
+    if wrong:
+        typer.echo(f"error: not as mathematics says: {', '.join(wrong)}", err=True)
+        raise typer.Exit(1)
+
+
+@app.command()
+def doctor(
+    as_json: bool = typer.Option(False, "--json", help="Print JSON instead of tables."),
+) -> None:
+    """Say which routes (torch reference, C++, Triton) work here, and why the others do not."""
+    from deaddir_fast.scan import doctor as checks
+
+    found = checks.examine()
+    if as_json:
+        typer.echo(json.dumps(found, indent=2, allow_nan=False))
+        return
+    from rich.console import Console
+
+    checks.show(found, Console())
+
+
+def main() -> None:
+    """Entry point of the ``deaddir`` script."""
+    try:
+        app()
+    except BrokenPipeError:
+        sys.stderr.close()
+        sys.exit(1)
