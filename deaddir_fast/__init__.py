@@ -1,7 +1,7 @@
 """Dead directions of neural networks and Watanabe's (λ, m, ν), from forward and backward passes."""
 
 from deaddir_fast import gauge, ops, theory
-from deaddir_fast.backend import backend
+from deaddir_fast._backend import backend
 from deaddir_fast.nets.likelihood import (
     Bernoulli,
     Categorical,

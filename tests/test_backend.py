@@ -5,9 +5,9 @@ import threading
 import pytest
 import torch
 
-import deaddir_fast.backend
+import deaddir_fast._backend
 from deaddir_fast import _native
-from deaddir_fast.backend import backend, routes, unavailable
+from deaddir_fast._backend import backend, routes, unavailable
 from deaddir_fast.kernels import interpreted
 from deaddir_fast.ops import _dispatch, directional_curvature, gram, softmax_fisher
 
@@ -104,14 +104,14 @@ def test_triton_needs_a_gpu_or_the_interpreter():
 
 
 def test_triton_is_optional(monkeypatch):
-    monkeypatch.setattr(deaddir_fast.backend, "_importable", lambda module: module != "triton")
+    monkeypatch.setattr(deaddir_fast._backend, "_importable", lambda module: module != "triton")
     with pytest.raises(RuntimeError, match=r"'triton' cannot run here: triton is not installed"):
         backend("triton")
     assert routes()["gram"]["triton"] == "triton is not installed"
 
 
 def test_a_forced_route_refuses_what_it_cannot_take(monkeypatch):
-    monkeypatch.setattr(deaddir_fast.backend, "_triton_problem", lambda: None)
+    monkeypatch.setattr(deaddir_fast._backend, "_triton_problem", lambda: None)
     monkeypatch.setattr("deaddir_fast.kernels.INTERPRETED", False)
     with (
         backend("triton"),

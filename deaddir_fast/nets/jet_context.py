@@ -58,10 +58,12 @@ def rule(*ops: Any) -> Callable[[Rule], Rule]:
 
 
 def is_series(x: Any) -> bool:
+    """Whether ``x`` is a series."""
     return isinstance(x, Series)
 
 
 def leaves(x: Any) -> list[Any]:
+    """Leaves of nested arguments, series counting as leaves."""
     return pytree.tree_leaves(x, is_leaf=is_series)
 
 

@@ -22,7 +22,7 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.autograd import forward_ad
 
-from deaddir_fast.backend import current, unavailable
+from deaddir_fast._backend import current, unavailable
 
 NAMESPACE = "deaddir"
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 from compare import EPS, to_numpy
 
-from deaddir_fast.backend import backend
+from deaddir_fast._backend import backend
 from deaddir_fast.ops import gram, gram_packed
 
 pytestmark = [

@@ -9,7 +9,7 @@ import triton
 import triton.language as tl
 from compare import EPS, assert_rms, to_numpy
 
-from deaddir_fast.backend import backend
+from deaddir_fast._backend import backend
 from deaddir_fast.kernels import gram as kernel
 from deaddir_fast.kernels.gram import Config, tiles, triangle
 from deaddir_fast.ops import gram, gram_packed

@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from deaddir_fast import _native
-from deaddir_fast.backend import backend
+from deaddir_fast._backend import backend
 from deaddir_fast.ops import directional_curvature, directional_curvature_rank1
 from deaddir_fast.ops.directional_curvature import reference
 

@@ -7,7 +7,7 @@ from compare import EPS, assert_rms, to_numpy
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from deaddir_fast.backend import backend
+from deaddir_fast._backend import backend
 from deaddir_fast.ops import gram
 from deaddir_fast.ops._blocks import WORKSPACE
 

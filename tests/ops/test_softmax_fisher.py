@@ -8,7 +8,7 @@ from compare import assert_relative, to_numpy
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from deaddir_fast.backend import backend
+from deaddir_fast._backend import backend
 from deaddir_fast.ops import softmax_fisher
 
 torch.set_num_threads(1)

@@ -20,7 +20,7 @@ from deaddir_fast import _check
 
 ROUTES = ("reference", "cpu", "triton")
 
-_route: ContextVar[str] = ContextVar("deaddir_fast.backend", default="auto")
+_route: ContextVar[str] = ContextVar("deaddir_fast._backend", default="auto")
 
 
 class Forced:
