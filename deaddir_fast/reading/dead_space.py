@@ -22,6 +22,7 @@ GERM_NOISE = 1e-7  # Taylor coefficients with more relative rounding than this a
 KINK_MISFIT = 1e-6  # a germ that fits worse than this is not a polynomial: a kink
 FAR = (1.0, 0.3)  # distances at which a flat direction must be flat: t^k is above rounding there
 NEAR = (0.1, 0.03, 0.01)  # enough where outputs are polynomials of low degree between kinks
+STEPS = 120  # of a solver that converges linearly where the outputs have a multiple zero
 EXACT_LIMIT = 200  # parameters up to which the live equations are solved anew at a distance
 
 
@@ -234,6 +235,15 @@ def rounding_at(local: LocalModel, space: DeadSpace, distance: float) -> float:
     return local.residual_floor() + margin * torch.finfo(torch.float64).eps * reach
 
 
+def rounding_there(local: LocalModel, theta: Tensor, jacobian: Tensor) -> float:
+    """Rounding of the outputs' displacement at ``theta``, from their slopes there.
+
+    Much smaller than :func:`rounding_at` along directions in which nothing large cancels.
+    """
+    reach = float(jacobian.norm()) * float((theta - local.theta).norm())
+    return local.residual_floor() + 64 * torch.finfo(torch.float64).eps * reach
+
+
 def follow_fibre(
     local: LocalModel, space: DeadSpace, vector: Tensor, jets: RelaxedJets, index: int
 ) -> Tensor | None:
@@ -259,16 +269,19 @@ def _relax(local: LocalModel, theta: Tensor, vector: Tensor, floor: float) -> Te
     """Solve for the outputs of θ0 without moving along ``vector``; None where that fails."""
     split = local.spectrum
     best = float("inf")
-    for _ in range(60):
+    small = local.space.dimension <= EXACT_LIMIT
+    for _ in range(STEPS):
         residual = local.residuals(theta)
         size = float(residual.norm())
-        if size <= floor:
+        if size == 0 or (size <= floor and not small):
             return theta
         if not np.isfinite(size) or size > 0.98 * best:
             return None
         best = size
-        if local.space.dimension <= EXACT_LIMIT:
+        if small:
             jacobian = local.jacobian_at(theta, metric=False)
+            if size <= min(floor, rounding_there(local, theta, jacobian)):
+                return theta
             jacobian = jacobian - torch.outer(jacobian @ vector, vector)
             u, values, vh = torch.linalg.svd(jacobian, full_matrices=False)
             top = float(values[0]) if values.numel() else 0.0

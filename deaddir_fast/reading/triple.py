@@ -7,6 +7,7 @@ from dataclasses import dataclass, field, replace
 from fractions import Fraction
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -21,10 +22,12 @@ from deaddir_fast.reading.dead import (
 )
 from deaddir_fast.reading.dead_space import (
     EXACT_LIMIT,
+    STEPS,
     DeadSpace,
     explore,
     follow_fibre,
     rounding_at,
+    rounding_there,
 )
 from deaddir_fast.reading.local import LocalModel
 from deaddir_fast.theory.fluctuation import singular_fluctuation
@@ -254,19 +257,19 @@ def _onto_fibre(
     """
     theta = local.theta + radius * vector
     floor = rounding_at(local, space, radius)
-    for _ in range(40):
+    for _ in range(STEPS):
         residual = local.residuals(theta)
-        if not bool(torch.isfinite(residual).all()):
+        size = float(residual.norm())
+        moved = float((theta - local.theta).norm()) / radius
+        if not np.isfinite(size) or not 0.2 < moved < 3:
             return None
-        if float(residual.norm()) <= floor:
-            moved = float((theta - local.theta).norm()) / radius
-            return theta if 0.2 < moved < 3 else None
-        u, values, vh = torch.linalg.svd(
-            local.jacobian_at(theta, metric=False), full_matrices=False
-        )
+        jacobian = local.jacobian_at(theta, metric=False)
+        if size <= min(floor, rounding_there(local, theta, jacobian)):
+            return theta
+        u, values, vh = torch.linalg.svd(jacobian, full_matrices=False)
         if float(values[0]) == 0:
             return None
-        damping = float(values[0]) * float(residual.norm())
+        damping = float(values[0]) * size
         theta = theta - vh.T @ (values / (values**2 + damping) * (u.T @ residual))
     return None
 

@@ -20,6 +20,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from fractions import Fraction
+from itertools import pairwise
 from math import comb
 
 import numpy as np
@@ -32,6 +33,7 @@ Array = NDArray[np.float64]
 ZERO = 30.0  # times its error bound: a coefficient below is zero
 CLEAR = 3000.0  # above it is present; in between nothing is decided
 EPS = float(np.finfo(np.float64).eps)
+APART = 100.0  # roots this many times their errors apart are different
 SNAP = 1e-9  # directions closer than this are the same
 MAX_BLOW_UPS = 60
 
@@ -138,7 +140,11 @@ def real_roots(form: Array, noise: Array) -> list[Root]:
             elif abs(root.imag) < CLEAR * error:
                 raise Undecided("a pair of complex roots lies too close to the real axis to tell")
             break
-    return sorted(found, key=lambda r: r.value)
+    found.sort(key=lambda r: r.value)
+    for one, two in pairwise(found):
+        if two.value - one.value < APART * max(one.error, two.error):
+            raise Undecided("two tangent directions lie too close to tell apart")
+    return found
 
 
 def _apart(
@@ -152,10 +158,10 @@ def _apart(
     slopes = np.abs(poly.deriv()(np.array(roots)))
     errors = bound(np.abs(roots)) / np.maximum(slopes, 1e-300)
     gaps = np.abs(np.subtract.outer(roots, roots))[np.triu_indices(len(roots), 1)]
-    ratio = float(gaps.min()) / float(errors.max())
-    if 3 < ratio < 100:
+    ratio = float(gaps.min()) / max(float(errors.max()), 1e-300)
+    if 3 < ratio < APART:
         raise Undecided("two tangent directions lie too close to tell apart")
-    return ratio >= 100
+    return ratio >= APART
 
 
 def _refined(
