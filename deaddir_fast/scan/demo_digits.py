@@ -144,7 +144,7 @@ def read_digits(
     Raises:
         ImportError: without scikit-learn.
     """
-    hidden, samples = (8, 150) if quick else (16, 400)
+    hidden, samples = (8, 150) if quick else (16, 1400)
     start = time.perf_counter()
     tell("training on digits")
     net = demo_models.digits(hidden, samples, seed)
@@ -159,9 +159,9 @@ def read_digits(
     gauges = dd.gauge.find(net.model, net.images)
     rescaling = next(g for g in gauges if g.likelihood is None).tangents(state)
     firing = torch.nonzero(active.any(0)).flatten()
-    tangents = {k: v[firing] for k, v in rescaling.items()}
+    tangents: dict[str, Any] = {k: v[firing] for k, v in rescaling.items()}
     generator = torch.Generator().manual_seed(seed)
-    anywhere = {
+    anywhere: dict[str, Any] = {
         k: torch.randn(1, *p.shape, dtype=p.dtype, generator=generator) for k, p in state.items()
     }
     at_zero = [

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 from itertools import pairwise
+from typing import Any
 
 import torch
 
@@ -106,7 +108,7 @@ def reduced_rank(
     model = demo_models.reduced_rank_point(inputs, outputs, hidden, rank, rank_a, rank_b, generator)
     return _read(
         f"reduced rank {inputs}-{hidden}-{outputs}, rank {rank}",
-        f"{point}: layer ranks {rank_a}, {rank_b}",
+        f"{point}: ranks {rank_a}, {rank_b}",
         model,
         demo_models.inputs_of_width(inputs, SAMPLES, generator),
         (
@@ -146,7 +148,7 @@ def deep_linear(widths: Sequence[int], ranks: Sequence[int], point: str, seed: i
         raise ValueError(f"ranks: no closed form for {tuple(ranks)} with widths {tuple(widths)}")
     return _read(
         f"deep linear {'-'.join(map(str, widths))}, rank {rank}",
-        f"{point}: layer ranks {', '.join(map(str, ranks))}",
+        f"{point}: ranks {', '.join(map(str, ranks))}",
         model,
         demo_models.inputs_of_width(m, SAMPLES, generator),
         (LogThreshold(Fraction(codimension, 2), 1), f"smooth point, {why}"),
@@ -160,7 +162,7 @@ def exact_cases(seed: int, quick: bool) -> Iterator[ExactCase]:
     yield deep_linear((4, 3, 2, 3), (3, 2, 2), "generic point", seed)
     if quick:
         return
-    yield reduced_rank(4, 3, 3, 1, 1, 3, "another component", seed)
+    yield reduced_rank(4, 3, 3, 1, 1, 3, "other component", seed)
     yield reduced_rank(3, 3, 3, 2, 2, 2, "crossing", seed)
     yield reduced_rank(3, 2, 2, 1, 1, 1, "deepest stratum", seed)
     yield deep_linear((4, 3, 3, 2), (1, 3, 2), "smooth point", seed)
@@ -199,12 +201,11 @@ class Ray:
 
     @property
     def agrees(self) -> bool:
-        """All three readings give the order expected."""
-        return (
-            self.jet == self.expected
-            and self.fit.resolved
-            and abs(self.fit.order - self.expected) < 0.05
-            and abs(self.identity - self.expected) < 0.05
+        """No reading contradicts the order expected; an unresolved one contradicts nothing."""
+        if not math.isnan(self.jet) and self.jet != self.expected:
+            return False
+        return not self.fit.resolved or (
+            abs(self.fit.order - self.expected) < 0.05 and abs(self.identity - self.expected) < 0.05
         )
 
 
@@ -214,7 +215,7 @@ def read_ray(
     expected: float,
     model: torch.nn.Module,
     x: torch.Tensor,
-    direction: dict[str, torch.Tensor],
+    direction: dict[str, Any],
     likelihood: str,
 ) -> Ray:
     """Order of one direction by jets, by the slope and by the pointwise identity."""

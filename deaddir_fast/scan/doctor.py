@@ -40,7 +40,8 @@ def examine() -> dict[str, Any]:
         "extension": dict(extension.build_info()) if extension is not None else None,
         "extension_missing": _native.why_not,
         "unavailable": {route: unavailable(route) for route in ("reference", "cpu", "triton")},
-        "operations": routes(),
+        # in-place variants (a trailing underscore) run on the kernels of their plain forms
+        "operations": {name: row for name, row in routes().items() if not name.endswith("_")},
     }
 
 

@@ -8,14 +8,19 @@ from typing import Any
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.layout_engine import ConstrainedLayoutEngine
+from matplotlib.ticker import FixedLocator, NullLocator
 
 from deaddir_fast.scan.demo_digits import DigitsReading
 from deaddir_fast.scan.demo_exact import Ray
 
-# Okabe & Ito's palette, told apart with every common colour blindness.
-COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
+# Okabe & Ito's palette, told apart with every common colour blindness (pink and orange darkened,
+# so that they can be read as text). Chains first; the digits network's directions have their own.
+CHAIN_COLOURS = ("#0072B2", "#D55E00", "#009E73", "#B3608C")
+COLOUR_OF_KIND = {"live": "#333333", "gauge line": "#B88600"}
+LIVE, DEAD = "#0072B2", "#D55E00"
 INK, GREY = "#222222", "#8a8a8a"
-STYLE: dict[str, Any] = {
+STYLE: Any = {
     "font.size": 9.5,
     "axes.titlesize": 11,
     "axes.titleweight": "bold",
@@ -55,54 +60,87 @@ def _spread(positions: list[float], least: float) -> list[float]:
     return out.tolist()
 
 
-def _curvature(ax: Axes, rays: list[Ray]) -> None:
-    """Points, fitted line in its window, and a label at the left end of each line."""
+def _styles(rays: list[Ray]) -> list[tuple[str, str]]:
+    """Colour and marker of each ray."""
+    chains = iter(CHAIN_COLOURS)
+    return [
+        (next(chains), "o") if ray.kind == "chain" else (COLOUR_OF_KIND[ray.kind], "s")
+        for ray in rays
+    ]
+
+
+def _curvature(ax: Axes, rays: list[Ray], digits: DigitsReading | None) -> None:
+    """Points, the fitted power and its window, and a label at the left end of each line."""
     ax.set_xscale("log")
     ax.set_yscale("log")
-    ends = []
-    for ray, colour in zip(rays, COLOURS, strict=False):
+    first, last = rays[0].radii[0], rays[0].radii[-1]
+    whole = np.geomspace(first, last, 200)
+    starts, levels = [], []
+    for ray, (colour, marker) in zip(rays, _styles(rays), strict=True):
         t, f = np.array(ray.radii), np.array(ray.fisher)
-        ax.plot(t, f, "o", ms=3.6, mfc="white", mec=colour, mew=0.9, zorder=3)
+        ax.plot(t, f, marker, ms=3.8, mfc="white", mec=colour, mew=0.9, zorder=3)
         if ray.fit.resolved:
-            lo, hi = ray.fit.window
-            whole = np.geomspace(t[0], t[-1], 200)
-            ax.plot(whole, ray.fit.curve(whole, leading=True), "--", lw=0.7, color=colour, zorder=2)
-            inside = np.geomspace(lo, hi, 100)
-            ax.plot(
+            power = ray.fit.curve(whole, leading=True)
+            ax.plot(whole, power, "--", lw=0.8, color=colour, zorder=2)
+            inside = np.geomspace(*ray.fit.window, 100)
+            ax.fill_between(
                 inside,
-                ray.fit.curve(inside),
-                "-",
-                lw=5,
+                ray.fit.curve(inside, leading=True) / 2.5,
+                ray.fit.curve(inside, leading=True) * 2.5,
                 color=colour,
-                alpha=0.22,
+                alpha=0.18,
+                lw=0,
                 zorder=1,
-                solid_capstyle="butt",
             )
-        seen = f[f > 0]
-        ends.append(float(np.log10(seen[-1])) if seen.size else 0.0)
-    low = min(float(np.log10(np.array(r.fisher)[np.array(r.fisher) > 0].min())) for r in rays)
-    high = max(ends)
-    ax.set_ylim(10 ** (low - 2), 10 ** (high + 1.5))
-    ax.set_xlim(rays[0].radii[0] * 0.7, rays[0].radii[-1] * 1.4)
-    starts = [float(np.log10(next(v for v in r.fisher if v > 0))) for r in rays]
-    for ray, colour, y in zip(rays, COLOURS, _spread(starts, (high - low) / 16), strict=False):
-        fit = ray.fit
-        reading = f"k = {fit.order:.2f}" if fit.resolved else "order not resolved"
+        shown = np.log10(f[f > 0])
+        starts.append(float(shown[0]))
+        levels += [float(shown.min()), float(shown.max())]
+    if digits is not None and digits.gauge_curvature > 0:
+        ax.axhline(digits.gauge_curvature, lw=0.8, ls=":", color=GREY, zorder=0)
+        ax.annotate(
+            "rounding: what a gauge direction of the digits network reads at t = 0",
+            (last, digits.gauge_curvature),
+            xytext=(0, 3),
+            textcoords="offset points",
+            ha="right",
+            fontsize=8.5,
+            color=GREY,
+        )
+        levels.append(float(np.log10(digits.gauge_curvature)))
+    low, high = min(levels), max(levels)
+    ax.set_ylim(10 ** (low - 2), 10 ** (high + 2))
+    ax.set_xlim(first / 12, last * 1.5)
+    ax.xaxis.set_major_locator(FixedLocator([10.0**e for e in range(-4, 1)]))
+    ax.xaxis.set_minor_locator(NullLocator())
+    labels = _spread(starts, (high - low) / 13)
+    for ray, (colour, _), y in zip(rays, _styles(rays), labels, strict=True):
+        reading = f"k = {ray.fit.order:.2f}" if ray.fit.resolved else "order not resolved"
         ax.annotate(
             f"{ray.name}\n{reading}",
-            (0, 10**y),
-            xycoords=("axes fraction", "data"),
-            xytext=(-54, 0),
+            (first, 10**y),
+            xytext=(-9, 0),
             textcoords="offset points",
             ha="right",
             va="center",
             color=colour,
             fontsize=9,
-            linespacing=1.15,
+            linespacing=1.2,
         )
-    ax.set_xlabel("distance t from the true point, along a unit direction u")
-    ax.set_ylabel("curvature uᵀF(θ₀ + t u) u   (nats per t²)")
-    ax.set_title("Curvature vanishes as a power of t: slope 2(k − 1) gives the order k")
+    ax.text(
+        0.985,
+        0.2,
+        "points: exact Fisher curvature, no fit\ndashed: fitted power $t^{\\,2(k-1)}$\n"
+        "band: window in which that power dominates",
+        transform=ax.transAxes,
+        ha="right",
+        va="bottom",
+        fontsize=8.5,
+        color=GREY,
+        linespacing=1.5,
+    )
+    ax.set_xlabel("distance t from the true point along a unit direction u")
+    ax.set_ylabel("curvature  uᵀF(θ₀ + t u) u   (nats per t²)")
+    ax.set_title("Curvature dies as a power of t, and its slope 2(k − 1) gives the order k")
 
 
 def _spectrum(ax: Axes, digits: DigitsReading) -> None:
@@ -111,8 +149,8 @@ def _spectrum(ax: Axes, digits: DigitsReading) -> None:
     rank = digits.rank
     index = np.arange(1, len(values) + 1)
     ax.set_yscale("log")
-    ax.plot(index[:rank], values[:rank], ".", ms=3, color=COLOURS[0])
-    ax.plot(index[rank:], values[rank:], ".", ms=3, color=COLOURS[1])
+    ax.plot(index[:rank], values[:rank], ".", ms=3, color=LIVE)
+    ax.plot(index[rank:], values[rank:], ".", ms=3, color=DEAD)
     tolerance = digits.tolerance**2
     ax.axhline(tolerance, lw=0.8, ls="--", color=GREY)
     ax.annotate(
@@ -123,7 +161,7 @@ def _spectrum(ax: Axes, digits: DigitsReading) -> None:
         fontsize=8.5,
         color=GREY,
     )
-    ax.axvspan(rank + 0.5, len(values) + 0.5, color=COLOURS[1], alpha=0.06, lw=0)
+    ax.axvspan(rank + 0.5, len(values) + 0.5, color=DEAD, alpha=0.06, lw=0)
     if len(values) > rank:
         ends = values[rank - 1], values[rank]
         ax.annotate(
@@ -148,7 +186,7 @@ def _spectrum(ax: Axes, digits: DigitsReading) -> None:
             f"{digits.dead} dead",
             ha="center",
             va="top",
-            color=COLOURS[1],
+            color=DEAD,
             transform=ax.get_xaxis_transform(),
         )
     ax.text(
@@ -157,13 +195,13 @@ def _spectrum(ax: Axes, digits: DigitsReading) -> None:
         f"{rank} live",
         ha="center",
         va="top",
-        color=COLOURS[0],
+        color=LIVE,
         transform=ax.get_xaxis_transform(),
     )
     ax.set_ylim(top=values[0] * 1e5)
-    ax.set_xlabel("eigenvalue, ranked")
+    ax.set_xlabel("rank of the eigenvalue")
     ax.set_ylabel("Fisher eigenvalue (nats)")
-    ax.set_title(f"Digits network, {digits.parameters} parameters: live and dead")
+    ax.set_title("Fisher spectrum of the digits network")
 
 
 def _pointwise(ax: Axes, rays: list[Ray]) -> None:
@@ -172,13 +210,14 @@ def _pointwise(ax: Axes, rays: list[Ray]) -> None:
     top = max(r.expected for r in rays)
     for k in range(1, int(top) + 1):
         ax.axhline(k, lw=0.6, color=GREY, alpha=0.5, zorder=0)
-    for ray, colour in zip(rays, COLOURS, strict=False):
-        ax.plot(ray.radii, ray.pointwise, "-o", ms=2.8, lw=1, mfc="white", mew=0.8, color=colour)
+    for ray, (colour, marker) in zip(rays, _styles(rays), strict=True):
+        style: Any = {"ms": 3.0, "lw": 1, "mfc": "white", "mew": 0.8}
+        ax.plot(ray.radii, ray.pointwise, "-", marker=marker, color=colour, **style)
     ax.set_ylim(0.5, top + 0.5)
     ax.set_yticks(range(1, int(top) + 1))
     ax.set_xlabel("distance t")
-    ax.set_ylabel("√(t²F / 2K)")
-    ax.set_title("One radius is enough: t²F / 2K → k²")
+    ax.set_ylabel("order read at t:  √(t²F / 2K)")
+    ax.set_title("Without a fit: t²F / 2K → k²")
 
 
 def draw(rays: list[Ray], digits: DigitsReading | None) -> Figure:
@@ -186,13 +225,13 @@ def draw(rays: list[Ray], digits: DigitsReading | None) -> Figure:
     import matplotlib
 
     with matplotlib.rc_context(STYLE):
-        figure = Figure(figsize=(10.5, 9.2), layout="constrained")
+        engine = ConstrainedLayoutEngine(w_pad=0.1, h_pad=0.1, hspace=0.06, wspace=0.06)
+        figure = Figure(figsize=(10.5, 9.2), layout=engine)
         grid = figure.add_gridspec(2, 2, height_ratios=(1.45, 1))
-        _curvature(figure.add_subplot(grid[0, :]), rays)
+        _curvature(figure.add_subplot(grid[0, :]), rays, digits)
         _pointwise(figure.add_subplot(grid[1, 1] if digits else grid[1, :]), rays)
         if digits is not None:
             _spectrum(figure.add_subplot(grid[1, 0]), digits)
-        figure.get_layout_engine().set(w_pad=0.12, h_pad=0.12, hspace=0.06, wspace=0.06)
     return figure
 
 

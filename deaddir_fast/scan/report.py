@@ -69,11 +69,20 @@ class Staged:
         self.made: list[Path] = []
 
     def __enter__(self) -> Path:
-        missing = [p for p in (self.folder, *self.folder.parents) if not p.exists()]
-        self.folder.mkdir(parents=True, exist_ok=True)
-        self.made = missing
-        self.hidden = Path(tempfile.mkdtemp(prefix=".partial-", dir=self.folder))
+        self.made = [p for p in (self.folder, *self.folder.parents) if not p.exists()]
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            self.hidden = Path(tempfile.mkdtemp(prefix=".partial-", dir=self.folder))
+        except OSError:
+            self._unmake()
+            raise
         return self.hidden
+
+    def _unmake(self) -> None:
+        """Remove the folders made here that are still empty."""
+        for made in self.made:
+            if made.is_dir() and not any(made.iterdir()):
+                made.rmdir()
 
     def __exit__(
         self,
@@ -87,6 +96,4 @@ class Staged:
                     os.replace(path, self.folder / path.name)
         finally:
             shutil.rmtree(self.hidden, ignore_errors=True)
-            for made in self.made:
-                if kind is not None and made.is_dir() and not any(made.iterdir()):
-                    made.rmdir()
+            self._unmake()

@@ -53,7 +53,7 @@ def exact(cases: list[ExactCase]) -> Table:
         ("s", "right"),
     )
     for c in cases:
-        read = f"{c.rlct}, {c.multiplicity}" if c.resolved else f"{c.lower} ≤ λ ≤ {c.upper}"
+        read = f"{c.rlct}, {c.multiplicity}" if c.resolved else f"{c.lower} … {c.upper}"
         nu = "?" if math.isnan(c.fluctuation) else f"{c.fluctuation:g}"
         table.add_row(
             Group(Text(c.name), Text(c.point, "dim")),
@@ -100,12 +100,15 @@ def rays(curves: list[Ray]) -> Table:
     for ray in curves:
         fit = ray.fit
         error = (fit.order_interval[1] - fit.order_interval[0]) / 2
+        slope = "?" if not fit.resolved else f"{fit.order:.4f}"
+        slope += f" ± {error:.4f}" if error > 5e-5 else ""
+        identity = "?" if math.isnan(ray.identity) else f"{ray.identity:.4f}"
         table.add_row(
             ray.name,
             order(ray.expected),
             order(ray.jet),
-            f"{fit.order:.4f} ± {error:.0e}",
-            f"{ray.identity:.4f}",
+            slope,
+            identity,
             f"{fit.decades:.1f}",
             fit.verdict,
             _tick(ray.agrees),
@@ -133,6 +136,14 @@ def digits(found: DigitsReading, console: Console) -> None:
     table.add_row("explained", "", str(total), style="bold")
     table.add_row("read as dead", "null space of the Fisher matrix", str(found.dead), style="bold")
     console.print(table)
+    if not found.explained:
+        console.print(
+            Text(
+                f"These causes do not account for the dead space ({total} against {found.dead}): "
+                "some other dependence between weights, or one direction counted twice.",
+                "yellow",
+            )
+        )
     table = _table(
         "How they are classified",
         ("kind", "left"),
