@@ -17,7 +17,7 @@ from deaddir_fast.reading.local import LocalModel
 from deaddir_fast.theory.local_rlct import flag
 from deaddir_fast.theory.threshold import Undecided
 
-MEASURED = 256  # directions whose own orders are measured; the rest of a large space is summed up
+MEASURED = 512  # directions whose own orders are measured; the rest of a large space is summed up
 BATCH = 64  # directions whose jets are taken together
 
 
@@ -35,7 +35,7 @@ class DeadDirections:
             ``"unresolved"``.
         orders: (q,) KL order after relaxing; inf on gauge and fibre, NaN where unresolved.
         line_orders: (q,) KL order of the straight line; finite on a tangent of a curved fibre; NaN
-            where unclear and, beyond the first 256 of a kind, not measured.
+            where unclear and, beyond the first 512 of a kind, not measured.
         rank: number of live directions.
         dimension: number of parameters.
         samples: number of inputs.

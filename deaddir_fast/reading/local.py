@@ -305,7 +305,7 @@ class LocalModel:
         A computed dead vector is off by the digits the split loses; a first coefficient that such
         an error explains counts as zero.
         """
-        (rows, *copies), _ = self._rows(vectors, None, order, 1, REPLICAS)
+        (rows, *copies), _ = self._rows(vectors, None, order, 1, 1)
         change = torch.stack([(c - rows).norm(dim=-1) for c in copies]).amax(0)
         change = torch.maximum(change, torch.finfo(torch.float64).eps * rows.norm(dim=-1))
         change[1] = change[1].clamp_min(self.spectrum.tolerance)

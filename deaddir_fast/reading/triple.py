@@ -35,7 +35,7 @@ from deaddir_fast.theory.local_rlct import local_threshold
 from deaddir_fast.theory.threshold import LocalThreshold, decided
 
 FLAT_UNCERTAINTY = 1e-9  # directions of flat blocks are computed from Taylor coefficients
-FLAT_AXES = 32  # basis vectors of a flat space that are looked at one by one
+FLAT_AXES = 8  # basis vectors of a flat space that are looked at one by one
 NEIGHBOURS = 8  # nearby points of the fibre that may lower the upper bound
 NEIGHBOUR_LIMIT = 200  # parameters up to which they are looked for
 NEIGHBOUR_ORDER = 4  # Taylor order there, where coefficients grow like distance^-q
