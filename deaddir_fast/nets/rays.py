@@ -8,7 +8,7 @@ arXiv 2606.05957; the pointwise identity is derived).
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from itertools import pairwise
@@ -337,7 +337,7 @@ class _Rays:
 def ray_curvature(
     model: nn.Module,
     inputs: Any,
-    directions: dict[str, Tensor | RankOne],
+    directions: Mapping[str, Tensor | RankOne],
     radii: Any,
     *,
     likelihood: str | likelihoods.Likelihood = "categorical",
