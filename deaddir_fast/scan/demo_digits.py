@@ -144,7 +144,7 @@ def read_digits(
     Raises:
         ImportError: without scikit-learn.
     """
-    hidden, samples = (8, 150) if quick else (16, 1400)
+    hidden, samples = (8, 150) if quick else (16, 700)
     start = time.perf_counter()
     tell("training on digits")
     net = demo_models.digits(hidden, samples, seed)
