@@ -60,6 +60,8 @@ def size(argument: str, value: Tensor, dim: int, expected: int, why: str) -> Non
 
 def positive(argument: str, value: Any, *, allow_zero: bool = False) -> float:
     """Check a finite positive (or non-negative) real number."""
+    if isinstance(value, (str, bool)):
+        raise fail(argument, value, "a real number", TypeError)
     try:
         number = float(value)
     except (TypeError, ValueError):

@@ -6,16 +6,14 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
 from deaddir_fast import _check, gauge
 from deaddir_fast.fisher.jacobian import rank_on
-from deaddir_fast.reading.dead_space import DeadSpace, explore
+from deaddir_fast.reading.dead_space import DeadSpace, explore, flag_basis
+from deaddir_fast.reading.fibre import doubt, flat_directions
 from deaddir_fast.reading.local import LocalModel
-from deaddir_fast.theory.local_rlct import flag
-from deaddir_fast.theory.threshold import Undecided
 
 MEASURED = 512  # directions whose own orders are measured; the rest of a large space is summed up
 BATCH = 64  # directions whose jets are taken together
@@ -108,25 +106,13 @@ def _plain(values: list[float | None], count: int) -> list[float]:
     return [nan if v is None else v for v in values] + [nan] * (count - len(values))
 
 
-def flag_basis(space: DeadSpace) -> tuple[Tensor, list[float]] | None:
-    """``rest`` in coordinates adapted to the flag of orders, with the order of each column."""
-    if space.germ is None:
-        return None
-    try:
-        blocks = flag(space.germ)
-    except Undecided:
-        return None
-    if blocks is None:
-        return None
-    basis = torch.from_numpy(np.concatenate([b for b, _ in blocks], axis=1))
-    orders = [float(k) if k else float("inf") for b, k in blocks for _ in range(b.shape[1])]
-    return space.rest @ basis, orders
-
-
 def classify(
-    local: LocalModel, space: DeadSpace, max_order: int
+    local: LocalModel, space: DeadSpace, max_order: int, unsure: bool
 ) -> tuple[Tensor, list[str], list[float], list[float]]:
-    """Basis (q, d), kinds, relaxed orders and line orders of the whole dead space."""
+    """Basis (q, d), kinds, relaxed orders and line orders of the whole dead space.
+
+    ``unsure`` says that what looks flat was not found to be so at a distance.
+    """
     nan, inf = float("nan"), float("inf")
     gauge_vectors = space.orbit.T
     kinds = ["gauge"] * gauge_vectors.shape[0]
@@ -137,9 +123,10 @@ def classify(
         return gauge_vectors, kinds, orders, lines
     adapted = flag_basis(space)
     if adapted is not None:
-        rest, own = adapted[0].T, adapted[1]
+        rest = adapted[0].T
+        own = [nan if unsure and k == inf else k for k in adapted[1]]
     elif space.order == inf:
-        own = [inf] * rest.shape[0]
+        own = [nan if unsure else inf] * rest.shape[0]
     elif space.kinked or space.order is None:
         own = [nan] * rest.shape[0]
     else:
@@ -201,11 +188,12 @@ def dead_directions(
     """
     local = open_local(model, inputs, likelihood, max_order)
     space = explore(local, max_order, gauges=gauge.find(local.model, local.inputs))
-    found = describe(local, space, max_order)
-    reasons = [spectrum_verdict(local)]
+    why = doubt(local, space, multiple=False) if flat_directions(space).shape[0] else None
+    found = describe(local, space, max_order, unsure=why is not None)
+    reasons = [spectrum_verdict(local), why]
     if space.order is None:
         reasons.append(space.reason)
-    elif "unresolved" in found.kinds:
+    elif why is None and "unresolved" in found.kinds:
         unclear = found.count("unresolved")
         reasons.append(space.reason or f"{unclear} directions lie on no block of one order")
     return replace(found, verdict=verdict(reasons))
@@ -217,9 +205,11 @@ def verdict(reasons: list[str | None]) -> str:
     return f"unresolved: {why}" if why else "resolved"
 
 
-def describe(local: LocalModel, space: DeadSpace, max_order: int) -> DeadDirections:
+def describe(
+    local: LocalModel, space: DeadSpace, max_order: int, *, unsure: bool = False
+) -> DeadDirections:
     """Everything about the dead space but the verdict."""
-    vectors, kinds, orders, lines = classify(local, space, max_order)
+    vectors, kinds, orders, lines = classify(local, space, max_order, unsure)
     split = local.spectrum
     return DeadDirections(
         directions=local.space.directions(vectors),

@@ -12,6 +12,8 @@ from torch import Tensor
 from deaddir_fast import gauge
 from deaddir_fast.reading.local import MARGIN, LocalModel, RelaxedJets
 from deaddir_fast.theory.germ import Germ, count, fit_germ
+from deaddir_fast.theory.local_rlct import flag
+from deaddir_fast.theory.threshold import Undecided
 
 SAMPLED = 16  # vectors that stand for a dead space too large to list
 ORBIT_ENTRIES = 250_000_000  # gauges whose tangents need more numbers than this are left out
@@ -176,6 +178,21 @@ def explore(
         reason = f"the outputs are not analytic here: a polynomial misses them by {misfit:.1e}"
         return result(None, kinked=True, reason=reason, notes=notes)
     return result(generic, germ, radius, notes=notes)
+
+
+def flag_basis(space: DeadSpace) -> tuple[Tensor, list[float]] | None:
+    """``rest`` in coordinates adapted to the flag of orders, with the order of each column."""
+    if space.germ is None:
+        return None
+    try:
+        blocks = flag(space.germ)
+    except Undecided:
+        return None
+    if blocks is None:
+        return None
+    basis = torch.from_numpy(np.concatenate([b for b, _ in blocks], axis=1))
+    orders = [float(k) if k else float("inf") for b, k in blocks for _ in range(b.shape[1])]
+    return space.rest @ basis, orders
 
 
 def _germ(

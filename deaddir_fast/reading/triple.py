@@ -2,40 +2,28 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from fractions import Fraction
 from typing import Any
 
-import numpy as np
-import torch
-from torch import Tensor, nn
+from torch import nn
 
 from deaddir_fast import _check, gauge
 from deaddir_fast.reading.dead import (
     DeadDirections,
     describe,
-    flag_basis,
     open_local,
     spectrum_verdict,
     verdict,
 )
-from deaddir_fast.reading.dead_space import (
-    EXACT_LIMIT,
-    STEPS,
-    DeadSpace,
-    explore,
-    follow_fibre,
-    rounding_at,
-    rounding_there,
-)
+from deaddir_fast.reading.dead_space import DeadSpace, explore, flag_basis
+from deaddir_fast.reading.fibre import doubt, neighbour_directions, onto_fibre
 from deaddir_fast.reading.local import LocalModel
 from deaddir_fast.theory.fluctuation import singular_fluctuation
 from deaddir_fast.theory.local_rlct import local_threshold
 from deaddir_fast.theory.threshold import LocalThreshold, decided
 
-FLAT_UNCERTAINTY = 1e-9  # directions of flat blocks are computed from Taylor coefficients
-FLAT_AXES = 8  # basis vectors of a flat space that are looked at one by one
 NEIGHBOURS = 8  # nearby points of the fibre that may lower the upper bound
 NEIGHBOUR_LIMIT = 200  # parameters up to which they are looked for
 NEIGHBOUR_ORDER = 4  # Taylor order there, where coefficients grow like distance^-q
@@ -103,72 +91,20 @@ def singular_part(local: LocalModel, space: DeadSpace, prior_exponent: int) -> L
     if mu == 0:
         return decided(Fraction(0), 1, "no dead direction outside the gauge orbit")
     if space.order == float("inf"):
-        flat = decided(Fraction(0), 1, "smooth fibre: flat dead space", rests_on_zeros=True)
-        return _confirmed(local, space, flat, whole)
+        why = doubt(local, space, multiple=False)
+        if why:
+            return LocalThreshold(None, None, Fraction(0), whole, why)
+        return decided(Fraction(0), 1, "smooth fibre: flat dead space")
+    k = int(space.order)
+    upper = min(Fraction(mu + prior_exponent, 2 * k), whole + Fraction(prior_exponent, 2))
     if space.germ is None:
-        k = int(space.order)
-        upper = min(Fraction(mu + prior_exponent, 2 * k), whole)
         return LocalThreshold(None, None, Fraction(1, 2 * k), upper, space.reason)
     found = local_threshold(space.germ, prior_exponent=prior_exponent)
     if found.decided and found.rests_on_zeros:
-        found = _confirmed(local, space, found, Fraction(mu, 2 * int(space.order)))
+        why = doubt(local, space, multiple=found.multiple)
+        if why:
+            return LocalThreshold(None, None, Fraction(0), upper, why)
     return found
-
-
-def _confirmed(
-    local: LocalModel, space: DeadSpace, found: LocalThreshold, upper: Fraction
-) -> LocalThreshold:
-    """Accept a decision that rests on a fibre only if the fibre is really there.
-
-    Directions called flat must be flat on their own (along generic ones a weak growth drowns in
-    the rounding of a strong one) and stay put at a finite distance; a curved fibre must be found
-    by going there.
-    """
-    top = len(space.magnitude) - 1 if space.germ is None else space.germ.top
-    lower = Fraction(0)
-
-    def refuse(why: str) -> LocalThreshold:
-        return LocalThreshold(None, None, lower, upper, why)
-
-    vectors = flat_directions(space)
-    if vectors.shape[0]:
-        jets = local.relaxed_jets(vectors, top, uncertainty=FLAT_UNCERTAINTY)
-        for index, order in enumerate(jets.orders()):
-            if order != float("inf"):
-                said = "too close to rounding" if order is None else f"order {order:g}"
-                return refuse(f"a direction that looks flat among others is {said} on its own")
-            there = follow_fibre(local, space, vectors[index], jets, index)
-            if there is None:
-                return refuse(
-                    f"flat to order {top}, but no fibre is found at a distance: the order may be "
-                    f"above {top}"
-                )
-            if local.space.dimension <= EXACT_LIMIT:
-                rank = local.at(there).spectrum.rank
-                if rank != local.spectrum.rank:
-                    return refuse(
-                        f"the rank along the fibre changes from {local.spectrum.rank} to {rank}"
-                    )
-    elif local.space.dimension <= NEIGHBOUR_LIMIT:
-        candidates = neighbour_directions(local, space)
-        if all(_onto_fibre(local, space, RADII[0], v) is None for v in candidates):
-            return refuse("the Taylor polynomial has a fibre, but none is found at a distance")
-    return found
-
-
-def flat_directions(space: DeadSpace, seed: int = 1) -> Tensor:
-    """(p, d) unit vectors a reading takes for flat: flat blocks, or samples of a flat space."""
-    if space.order == float("inf"):
-        generator = torch.Generator().manual_seed(seed)
-        draws = torch.randn(2, space.rest.shape[1], dtype=torch.float64, generator=generator)
-        draws = draws / draws.norm(dim=1, keepdim=True)
-        return torch.cat([draws @ space.rest.T, space.rest.T[:FLAT_AXES]])
-    adapted = flag_basis(space)
-    if adapted is None:
-        return space.rest.T[:0]
-    basis, orders = adapted
-    flat = [i for i, k in enumerate(orders) if k == float("inf")]
-    return basis.T[flat]
 
 
 def fluctuation_part(
@@ -212,7 +148,7 @@ def neighbours(
             break
         values = []
         for radius in RADII:
-            theta = _onto_fibre(local, space, radius, vector)
+            theta = onto_fibre(local, space, radius, vector)
             if theta is None:
                 break
             values.append(_value_at(local.at(theta), gauges))
@@ -220,58 +156,6 @@ def neighbours(
         if len(values) == len(RADII) and values[0] is not None and values[0] == values[1]:
             best = values[0] if best is None else min(best, values[0])
     return best
-
-
-def neighbour_directions(local: LocalModel, space: DeadSpace) -> Iterator[Tensor]:
-    """Unit vectors of the dead space: masked ones that stay on the fibre, then random ones."""
-    generator = torch.Generator().manual_seed(7)
-    mu = space.rest.shape[1]
-    owners = torch.cat(
-        [torch.full((size,), i) for i, size in enumerate(local.space.sizes)]
-        if len(local.space.sizes) > 1
-        else [torch.arange(local.space.dimension)]
-    )
-    groups = int(owners.max()) + 1
-    masks = range(1, 2**groups - 1) if groups <= 6 else ()
-    for mask in masks:
-        keep = torch.tensor([(mask >> int(i)) & 1 for i in range(groups)], dtype=torch.bool)[owners]
-        draw = torch.randn(local.space.dimension, dtype=torch.float64, generator=generator)
-        vector = space.rest @ (space.rest.T @ (draw * keep))
-        if float((vector * ~keep).abs().max()) > 1e-12 * float(vector.abs().max()):
-            continue
-        vector = vector / vector.norm()
-        floor = rounding_at(local, space, RADII[0])
-        if float(local.residuals(local.theta + RADII[0] * vector).norm()) <= floor:
-            yield vector
-    for _ in range(NEIGHBOURS // 2):
-        u = torch.randn(mu, dtype=torch.float64, generator=generator)
-        yield space.rest @ (u / u.norm())
-
-
-def _onto_fibre(
-    local: LocalModel, space: DeadSpace, radius: float, vector: Tensor
-) -> Tensor | None:
-    """Levenberg–Marquardt to a point with the outputs of θ0; None if it strays.
-
-    Damping by the residual keeps quadratic convergence where the equations are redundant.
-    """
-    theta = local.theta + radius * vector
-    floor = rounding_at(local, space, radius)
-    for _ in range(STEPS):
-        residual = local.residuals(theta)
-        size = float(residual.norm())
-        moved = float((theta - local.theta).norm()) / radius
-        if not np.isfinite(size) or not 0.2 < moved < 3:
-            return None
-        jacobian = local.jacobian_at(theta, metric=False)
-        if size <= min(floor, rounding_there(local, theta, jacobian)):
-            return theta
-        u, values, vh = torch.linalg.svd(jacobian, full_matrices=False)
-        if float(values[0]) == 0:
-            return None
-        damping = float(values[0]) * size
-        theta = theta - vh.T @ (values / (values**2 + damping) * (u.T @ residual))
-    return None
 
 
 def _value_at(there: LocalModel, gauges: Sequence[gauge.Gauge]) -> Fraction | None:

@@ -171,7 +171,8 @@ def _monomial(germ: Germ) -> LocalThreshold | None:
         rule += f", terms beyond degree {germ.top} taken as absent"
     pure = {i for e in chosen for i in range(germ.variables) if e[i] == sum(e)}
     closed = len(pure) == germ.variables
-    return decided(Fraction(rlct), multiplicity, rule, rests_on_zeros=not closed)
+    high = not closed and any(max(e) > 1 for e in chosen)
+    return decided(Fraction(rlct), multiplicity, rule, rests_on_zeros=not closed, multiple=high)
 
 
 def _complete_intersection(germ: Germ, k: int) -> LocalThreshold | None:

@@ -400,6 +400,7 @@ class _Log:
 
     blow_ups: int = 0
     rests_on_zeros: bool = False
+    multiple: bool = False
 
     def spend(self) -> None:
         self.blow_ups += 1
@@ -411,6 +412,7 @@ class _Log:
         values = np.linalg.svd(point.f.reshape(point.f.shape[0], -1), compute_uv=False)
         principal = len(values) == 1 or values[1] <= CLEAR * np.linalg.norm(point.noise)
         self.rests_on_zeros |= k > 1 or not principal
+        self.multiple |= k > 1
 
 
 def _resolve(point: _Point, log: _Log) -> Iterator[tuple[Curve, ...]]:
@@ -498,7 +500,7 @@ def planar_threshold(
         return LocalThreshold(None, None, lower, upper, f"blow-ups stopped: {why}")
     assert best is not None
     rule = f"plane resolution by {log.blow_ups} blow-up{'s' * (log.blow_ups != 1)}"
-    return decided(best, count, rule, rests_on_zeros=log.rests_on_zeros)
+    return decided(best, count, rule, rests_on_zeros=log.rests_on_zeros, multiple=log.multiple)
 
 
 def _start(point: _Point, k: int, prior_exponent: int, log: _Log) -> Iterator[tuple[Curve, ...]]:

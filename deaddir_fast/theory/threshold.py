@@ -24,6 +24,7 @@ class LocalThreshold:
         rule: the rule that decided, or why none could.
         rests_on_zeros: the decision takes coefficients that vanish to the known order to vanish
             altogether (a fibre through the point); whoever can should look at a finite distance.
+        multiple: that fibre is claimed to be one along which the functions vanish to order >= 2.
     """
 
     rlct: Fraction | None
@@ -32,6 +33,7 @@ class LocalThreshold:
     upper: Fraction
     rule: str
     rests_on_zeros: bool = False
+    multiple: bool = False
 
     @property
     def decided(self) -> bool:
@@ -48,11 +50,17 @@ class LocalThreshold:
             self.upper + shift,
             self.rule,
             self.rests_on_zeros,
+            self.multiple,
         )
 
 
 def decided(
-    rlct: Fraction, multiplicity: int, rule: str, *, rests_on_zeros: bool = False
+    rlct: Fraction,
+    multiplicity: int,
+    rule: str,
+    *,
+    rests_on_zeros: bool = False,
+    multiple: bool = False,
 ) -> LocalThreshold:
     """A decided threshold: both bounds meet."""
-    return LocalThreshold(rlct, multiplicity, rlct, rlct, rule, rests_on_zeros)
+    return LocalThreshold(rlct, multiplicity, rlct, rlct, rule, rests_on_zeros, multiple)
