@@ -233,6 +233,11 @@ def read_triple(
         if near is not None and near - half < found.upper:
             found = replace(found, upper=max(near - half, found.lower))
             rests.append("upper bound from nearby points of the fibre")
+    if found.decided and found.rests_on_zeros:
+        rests.append(
+            "coefficients below their rounding are zero, and tangents closer than about its square "
+            "root are one"
+        )
     nu, nu_why = fluctuation_part(space, found, beta, prior_exponent)
     total = found.plus(half)
     reasons = [spectrum_verdict(local), saturation(local)]
