@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from deaddir_fast import gauge
-from deaddir_fast.reading.local import MARGIN, LocalModel, RelaxedJets
+from deaddir_fast.reading.local import MARGIN, LocalModel, RelaxedJets, first_orders
 from deaddir_fast.theory.germ import Germ, count, fit_germ
 from deaddir_fast.theory.local_rlct import flag
 from deaddir_fast.theory.threshold import Undecided
@@ -261,17 +261,27 @@ def rounding_there(local: LocalModel, theta: Tensor, jacobian: Tensor) -> float:
     return local.residual_floor() + 64 * torch.finfo(torch.float64).eps * reach
 
 
+def proven_flat(local: LocalModel, jets: RelaxedJets, index: int) -> bool:
+    """Whether Taylor coefficients prove that nothing moves along a line, up to the next kink.
+
+    They do where the outputs are polynomials of at most their order along the straight line. Along
+    a relaxed, curved path low-degree outputs may still move at a high order: (x − y², x⁵).
+    """
+    if local.degree >= jets.straight.shape[0]:
+        return False
+    line = first_orders(jets.straight[:, index : index + 1], jets.noise[:, index : index + 1])
+    return line[0] == float("inf")
+
+
 def follow_fibre(
     local: LocalModel, space: DeadSpace, vector: Tensor, jets: RelaxedJets, index: int
 ) -> Tensor | None:
     """A point at a finite distance along a dead vector where the outputs are those of θ0, or None.
 
     The other coordinates are solved for; the displacement along the vector stays. Small distances
-    prove nothing (t^9 is below rounding at 0.01) unless the outputs are polynomials of the
-    parameters between kinks, where vanishing Taylor coefficients are enough.
+    prove nothing (t^9 is below rounding at 0.01) unless the coefficients do (``proven_flat``).
     """
-    proven = local.degree < jets.residual.shape[0]
-    for distance in FAR + (NEAR if proven else ()):
+    for distance in FAR + (NEAR if proven_flat(local, jets, index) else ()):
         powers = distance ** torch.arange(jets.corrections.shape[0], dtype=torch.float64)
         start = (powers[:, None] * jets.corrections[:, index]).sum(0)
         floor = rounding_at(local, space, distance)

@@ -19,6 +19,7 @@ from deaddir_fast.reading.dead_space import (
     DeadSpace,
     flag_basis,
     follow_fibre,
+    proven_flat,
     rounding_at,
     rounding_there,
 )
@@ -53,9 +54,9 @@ def doubt(local: LocalModel, space: DeadSpace, *, multiple: bool) -> str | None:
                 f"flat to order {top}, but no fibre is found at a distance: the order may be "
                 f"above {top}"
             )
-        # Where outputs are polynomials of low degree the coefficients are proof, and a step may
-        # well cross a kink that has nothing to do with this point.
-        if local.degree > top and local.space.dimension <= EXACT_LIMIT:
+        # Where the coefficients are proof, a step may well cross a kink that has nothing to do
+        # with this point.
+        if not proven_flat(local, jets, index) and local.space.dimension <= EXACT_LIMIT:
             rank = local.at(there).spectrum.rank
             if rank != local.spectrum.rank:
                 return f"the rank along the fibre changes from {local.spectrum.rank} to {rank}"

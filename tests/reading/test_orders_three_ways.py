@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from fractions import Fraction
+
 import pytest
 import torch
 from torch import Tensor, nn
@@ -94,3 +96,27 @@ def test_the_skip_itself_is_live() -> None:
     )
     assert orders == [1.0]
     assert abs(fits[0].slope) <= 0.05 and fits[0].verdict == "resolved"
+
+
+class CurvedHighOrder(nn.Module):
+    """Means (x − y², x⁵): outputs of degree 5, yet order 10 along the curve x = y²."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.w = nn.Parameter(torch.zeros(2, dtype=torch.float64))
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        x, y = self.w[0], self.w[1]
+        return torch.stack([x - y * y, x**5]).expand(inputs.shape[0], 2)
+
+
+def test_a_low_degree_does_not_prove_a_curved_fibre() -> None:
+    """λ = 1/2 + 1/20; flat to order 8 it must not be read as a smooth fibre with λ = 1/2."""
+    x = torch.zeros(1, 1, dtype=torch.float64)
+    triple = dd.read_triple(CurvedHighOrder(), x, likelihood="gaussian")
+    assert not triple.resolved
+    assert triple.lower <= Fraction(11, 20) <= triple.upper
+    dead = dd.dead_directions(CurvedHighOrder(), x, likelihood="gaussian")
+    assert dead.kinds == ("unresolved",) and dead.verdict != "resolved"
+    resolved = dd.read_triple(CurvedHighOrder(), x, likelihood="gaussian", max_order=10)
+    assert resolved.rlct == Fraction(11, 20)
