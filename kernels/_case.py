@@ -12,7 +12,8 @@ class Case:
     ``aligned`` names the pointers and integers that a launch finds divisible by 16, as the
     just-in-time compiler would. ``unit`` is the type of the products, "bf16", "fp16", "fp32" or
     "fp64": it decides which instruction must appear. ``helpers`` are the jit functions that the
-    kernel calls.
+    kernel calls. ``shared_bound`` is the shared memory in bytes by which configurations are pruned:
+    the code may need no more (0: nothing is promised).
     """
 
     kernel: Any
@@ -24,10 +25,12 @@ class Case:
     aligned: tuple[str, ...]
     unit: str
     helpers: tuple[Any, ...] = ()
+    shared_bound: int = 0
 
     @property
     def name(self) -> str:
         """A readable name: kernel, variant, tile, options."""
-        sizes = "x".join(str(self.constants[k]) for k in ("BLOCK", "DEPTH") if k in self.constants)
+        tile = (v for k, v in self.constants.items() if k.startswith(("BLOCK", "DEPTH")))
+        sizes = "x".join(map(str, tile))
         kernel = self.kernel.__name__
         return f"{kernel} {self.label} {sizes} w{self.warps} s{self.stages}"

@@ -150,6 +150,8 @@ def compile_case(case: Case, target: Target) -> Outcome:
     problems = []
     if spilled:
         problems.append("spills registers")
+    if case.shared_bound and shared > case.shared_bound + _BARRIERS:
+        problems.append(f"needs more shared memory than the {case.shared_bound} bytes promised")
     if shared > target.shared_limit:
         problems.append(f"needs more than {target.shared_limit} bytes of shared memory")
     if not instructions:
@@ -157,6 +159,10 @@ def compile_case(case: Case, target: Target) -> Outcome:
     if wrong is not None:
         problems.append(f"multiplies {case.unit} by {wrong.group()}")
     return Outcome(case, target, registers, shared, spilled, instructions, tuple(problems))
+
+
+#: Bytes of shared memory that the compiler adds for its own bookkeeping.
+_BARRIERS = 1024
 
 
 def _cubin_resources(cubin: bytes) -> tuple[int, int]:

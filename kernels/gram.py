@@ -304,6 +304,7 @@ def _case(
         stages=config.stages,
         aligned=("x_ptr", "weight_ptr", "out_ptr", "n", "i", "x_stride", "out_stride"),
         unit=name,
+        shared_bound=shared_bytes(config, dtype),
     )
 
 

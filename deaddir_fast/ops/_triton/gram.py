@@ -1,4 +1,4 @@
-"""Launchers of the Triton kernels. Triton is imported at the first launch."""
+"""Triton kernels for Gram matrices."""
 
 from __future__ import annotations
 
@@ -9,18 +9,8 @@ from torch import Tensor
 
 from deaddir_fast.ops._blocks import accumulation
 from deaddir_fast.ops._dispatch import Kernel
+from deaddir_fast.ops._triton._launch import problem
 from deaddir_fast.ops.gram_packed import entries
-
-
-def _problem(x: Tensor) -> str | None:
-    if x.is_cuda:
-        return None
-    if x.device.type == "cpu":
-        from deaddir_fast.kernels import interpreted
-
-        if interpreted():
-            return None
-    return f"its tensors are on {x.device} and the Triton kernels run on cuda"
 
 
 def _worthwhile(x: Tensor, weight: Tensor | None) -> bool:
@@ -84,7 +74,7 @@ def _new(run: Callable[..., Tensor]) -> Kernel:
     return Kernel(
         "triton",
         run,
-        lambda x, weight, alpha: _problem(x),
+        lambda x, weight, alpha: problem(x),
         lambda x, weight, alpha: _worthwhile(x, weight),
     )
 
@@ -93,7 +83,7 @@ def _in_place(run: Callable[..., None]) -> Kernel:
     return Kernel(
         "triton",
         run,
-        lambda out, x, weight, alpha, beta: _problem(x),
+        lambda out, x, weight, alpha, beta: problem(x),
         lambda out, x, weight, alpha, beta: _worthwhile(x, weight),
     )
 

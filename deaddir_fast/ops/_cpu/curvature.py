@@ -1,0 +1,20 @@
+"""C++ kernels for the samples of one layer."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from deaddir_fast.ops._blocks import accumulation
+from deaddir_fast.ops._cpu._launch import extension, kernel
+
+
+def _directional_curvature(a: Tensor, g: Tensor, U: Tensor) -> Tensor:
+    out = torch.empty(U.shape[0], dtype=accumulation(a, g, U))
+    extension().directional_curvature(
+        a.contiguous(), g.contiguous(), U.contiguous(), out, torch.get_num_threads()
+    )
+    return out
+
+
+directional_curvature = kernel(_directional_curvature)
