@@ -1,4 +1,5 @@
-// The only file that knows Python: arguments are checked here, kernels get plain pointers.
+// The module. Only bind*.cpp and tensor_view know Python: arguments are checked there, kernels get
+// plain pointers.
 #include <nanobind/nanobind.h>
 #include <nanobind/stl/string.h>
 #include <nanobind/stl/vector.h>
@@ -6,7 +7,8 @@
 #include <string>
 #include <vector>
 
-#include "directional_curvature.h"
+#include "bind.h"
+#include "fma_peak.h"
 #include "isa.h"
 #include "tensor_view.h"
 
@@ -20,59 +22,6 @@ namespace ddf {
 namespace {
 
 constexpr Isa kIsas[] = {Isa::portable, Isa::avx2, Isa::avx512};
-
-void expect_dims(const TensorView& x, const char* name, bool ok, const char* expected) {
-  if (!ok) throw argument_error(name, expected, x.describe());
-}
-
-void expect_size(const TensorView& x, const char* name, int dim, int64_t size, const char* why) {
-  if (x.size(dim) != size)
-    throw argument_error(name,
-                         "size " + std::to_string(size) + " in dimension " + std::to_string(dim) +
-                             " (" + why + ")",
-                         x.describe());
-}
-
-void bound_directional_curvature(nb::handle a_, nb::handle g_, nb::handle U_, nb::handle out_,
-                                 int threads) {
-  const TensorView a(a_, "a"), g(g_, "g"), U(U_, "U"), out(out_, "out", true);
-  expect_dims(a, "a", a.ndim() == 2 || a.ndim() == 3, "shape (n, i) or (n, t, i)");
-  expect_dims(g, "g", g.ndim() == a.ndim(), "as many dimensions as a");
-  expect_dims(U, "U", U.ndim() == 3, "shape (p, o, i)");
-  expect_dims(out, "out", out.ndim() == 1, "shape (p,)");
-  const int last = a.ndim() - 1;
-  expect_size(g, "g", 0, a.size(0), "the samples of a");
-  if (last == 2) expect_size(g, "g", 1, a.size(1), "the tokens of a");
-  expect_size(U, "U", 1, g.size(last), "the outputs of g");
-  expect_size(U, "U", 2, a.size(last), "the inputs of a");
-  expect_size(out, "out", 0, U.size(0), "the directions of U");
-  if (out.type() != Type::f64 && out.type() != Type::f32)
-    throw argument_error("out", "float64 or float32", out.describe());
-  if (threads < 1) throw argument_error("threads", "at least 1", std::to_string(threads));
-
-  std::vector<double> result(static_cast<size_t>(U.size(0)));
-  DirectionalCurvature args;
-  args.a = a.array();
-  args.g = g.array();
-  args.U = U.array();
-  args.out = result.data();
-  args.n = a.size(0);
-  args.t = last == 2 ? a.size(1) : 1;
-  args.i = a.size(last);
-  args.o = g.size(last);
-  args.p = U.size(0);
-  args.threads = threads;
-  {
-    nb::gil_scoped_release release;
-    directional_curvature(args);
-  }
-  for (size_t p = 0; p < result.size(); ++p) {
-    if (out.type() == Type::f64)
-      static_cast<double*>(out.data())[p] = result[p];
-    else
-      static_cast<float*>(out.data())[p] = static_cast<float>(result[p]);
-  }
-}
 
 std::vector<std::string> isas() {
   std::vector<std::string> names;
@@ -95,6 +44,14 @@ std::string use_isa(const std::string& name) {
 
 bool uses_exchange(nb::handle tensor) { return TensorView(tensor, "tensor").exchanged(); }
 
+double bound_fma_peak(int threads, bool fp64) {
+  expect_threads(threads);
+  double rate = 0;
+  nb::gil_scoped_release release;
+  fma_peak({fp64, threads, &rate});
+  return rate;
+}
+
 nb::dict build_info() {
   nb::dict info;
   info["version"] = DDF_VERSION;
@@ -116,15 +73,13 @@ nb::dict build_info() {
 
 NB_MODULE(_C, m) {
   m.doc() = "C++ CPU kernels of deaddir_fast. Arguments are contiguous CPU tensors.";
-  m.def("directional_curvature", &ddf::bound_directional_curvature, nb::arg("a").none(),
-        nb::arg("g").none(), nb::arg("U").none(), nb::arg("out").none(), nb::arg("threads"),
-        "out[p] = mean_n (sum_t g[n, t] . U[p] a[n, t])^2 for a (n[, t], i), g (n[, t], o),\n"
-        "U (p, o, i) and out (p,) of float64 or float32. Inputs of bfloat16 and float16 are\n"
-        "widened to float32; arithmetic is float64 if any input is. The result does not depend\n"
-        "on `threads`. TypeError, ValueError: an argument is not of these types or shapes.");
+  ddf::bind_curvature(m);
+  ddf::bind_gram(m);
   m.def("build_info", &ddf::build_info,
         "Version, compiler, instruction sets (in use and usable here), OpenMP version or None,\n"
         "and the thread count OpenMP would choose.");
+  m.def("fma_peak", &ddf::bound_fma_peak, nb::arg("threads"), nb::arg("fp64") = false,
+        "FLOP/s of independent multiply-adds in registers on `threads` threads, measured now.");
   m.def("use_isa", &ddf::use_isa, nb::arg("name"),
         "Choose the instruction set of later calls; return the one in use before.");
   m.def("uses_exchange", &ddf::uses_exchange, nb::arg("tensor"),

@@ -24,6 +24,7 @@
 #include <cstdint>
 
 #include "array.h"
+#include "isa.h"
 
 namespace ddf {
 
@@ -36,16 +37,6 @@ struct DirectionalCurvature {
 
 // Arithmetic is fp64 if any input is, else fp32 with fp64 sums over tiles, tokens and samples.
 // The mean over no samples is NaN; a sum over no tokens, inputs or outputs is 0.
-void directional_curvature(const DirectionalCurvature& args);
-
-namespace portable {
-void directional_curvature(const DirectionalCurvature& args);
-}
-namespace avx2 {
-void directional_curvature(const DirectionalCurvature& args);
-}
-namespace avx512 {
-void directional_curvature(const DirectionalCurvature& args);
-}
+DDF_DECLARE(directional_curvature, DirectionalCurvature)
 
 }  // namespace ddf

@@ -1,22 +1,37 @@
 // Each operation, sent to the instruction set in use.
 #include "directional_curvature.h"
+#include "fma_peak.h"
+#include "gram.h"
 #include "isa.h"
+
+#ifdef DDF_HAVE_AVX512
+#define DDF_CASE_AVX512(name) \
+  case Isa::avx512:           \
+    return avx512::name(args);
+#else
+#define DDF_CASE_AVX512(name)
+#endif
+#ifdef DDF_HAVE_AVX2
+#define DDF_CASE_AVX2(name) \
+  case Isa::avx2:           \
+    return avx2::name(args);
+#else
+#define DDF_CASE_AVX2(name)
+#endif
+#define DDF_DISPATCH(name, Args)     \
+  void name(const Args& args) {      \
+    switch (isa_current()) {         \
+      DDF_CASE_AVX512(name)          \
+      DDF_CASE_AVX2(name)            \
+      default:                       \
+        return portable::name(args); \
+    }                                \
+  }
 
 namespace ddf {
 
-void directional_curvature(const DirectionalCurvature& args) {
-  switch (isa_current()) {
-#ifdef DDF_HAVE_AVX512
-    case Isa::avx512:
-      return avx512::directional_curvature(args);
-#endif
-#ifdef DDF_HAVE_AVX2
-    case Isa::avx2:
-      return avx2::directional_curvature(args);
-#endif
-    default:
-      return portable::directional_curvature(args);
-  }
-}
+DDF_DISPATCH(directional_curvature, DirectionalCurvature)
+DDF_DISPATCH(fma_peak, FmaPeak)
+DDF_DISPATCH(gram, Gram)
 
 }  // namespace ddf

@@ -17,3 +17,16 @@ Isa isa_current();           // the best usable one unless isa_select chose anot
 void isa_select(Isa isa);    // precondition: isa_usable(isa)
 
 }  // namespace ddf
+
+// Declares `void name(const Args&)`, once for the instruction set in use and once for each.
+#define DDF_DECLARE(name, Args)       \
+  void name(const Args& args);        \
+  namespace portable {                \
+  void name(const Args& args);        \
+  }                                   \
+  namespace avx2 {                    \
+  void name(const Args& args);        \
+  }                                   \
+  namespace avx512 {                  \
+  void name(const Args& args);        \
+  }

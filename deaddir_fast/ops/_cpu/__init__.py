@@ -1,5 +1,6 @@
 """Launchers of the C++ kernels, one file per family; names are those of the operations."""
 
 from deaddir_fast.ops._cpu.curvature import directional_curvature
+from deaddir_fast.ops._cpu.gram import gram, gram_, gram_packed, gram_packed_
 
-__all__ = ["directional_curvature"]
+__all__ = ["directional_curvature", "gram", "gram_", "gram_packed", "gram_packed_"]
