@@ -2,139 +2,21 @@
 
 #include <limits>
 
+#include "panels.h"
 #include "parallel.h"
-#include "simd.h"
 
 namespace ddf::DDF_ISA {
 namespace {
 
-constexpr int64_t kDepth = 256;              // inputs or tokens summed in registers at a time
+constexpr int64_t kDepth = 512;              // outputs or tokens summed in registers at a time
 constexpr int64_t kUnits = 64;               // units of work aimed at, so that threads stay busy
 constexpr int64_t kPassBytes = 32 << 20;     // packed inputs held at a time
 constexpr int64_t kSlotBytes = 32 << 20;     // partial sums held at a time
-constexpr int64_t kBlockPanels = 16;         // panels of samples a cached block of U is used for
-constexpr int64_t kTileBytes = 6 << 10;      // of one tile of M, so that a few fit the L1 cache
+constexpr int64_t kBlockPanels = 4;          // column panels of U held in the L2 cache
+constexpr int64_t kTilePanels = 2;           // column panels of a tile of M
 constexpr int64_t kHeldTiles = 64;           // tiles of M held at a time, in the L2 cache
 constexpr double kSerialFlops = 2e6;         // below this a second thread costs more than it gives
 constexpr int64_t kContractOverhead = 6;     // stores and sums of the contracted form, in tokens
-
-template <class T>
-constexpr int kWidth = 2 * kLanes<T>;  // columns of a register tile
-// Row stride of a tile of U: a constant, so that the tile needs one address register, and off a
-// power of two, so that its rows do not fall into one set of the cache.
-template <class T>
-constexpr int64_t kTileStride = kDepth + 64 / static_cast<int64_t>(sizeof(T));
-
-// ------------------------------------------------------------------------------ register tiles
-
-// q[s] += sum_r g[r, s] * sum_k u[r, k] a[k, s] for R rows of U and V vectors of samples.
-template <class T, int R, int V>
-void factorised_tile(const T* __restrict u, const T* __restrict a, int64_t depth,
-                     const T* __restrict g, double* __restrict q) {
-  Vector<T> acc[R][V] = {};
-  for (int64_t k = 0; k < depth; ++k) {
-    Vector<T> x[V];
-    for (int v = 0; v < V; ++v) x[v] = load(a + k * kWidth<T> + v * kLanes<T>);
-#pragma GCC unroll 16
-    for (int r = 0; r < R; ++r) {
-      const T s = u[r * kTileStride<T> + k];
-      for (int v = 0; v < V; ++v) acc[r][v] += s * x[v];
-    }
-  }
-  Vector<T> sum[V] = {};
-#pragma GCC unroll 16
-  for (int r = 0; r < R; ++r)
-    for (int v = 0; v < V; ++v) sum[v] += acc[r][v] * load(g + r * kWidth<T> + v * kLanes<T>);
-  for (int v = 0; v < V; ++v)
-    for (int l = 0; l < kLanes<T>; ++l) q[v * kLanes<T> + l] += static_cast<double>(sum[v][l]);
-}
-
-template <class T, int R = kRows>
-void factorised_rows(int rows, int vectors, const T* u, const T* a, int64_t depth, const T* g,
-                     double* q) {
-  if (rows == R) {
-    if (vectors == 1)
-      factorised_tile<T, R, 1>(u, a, depth, g, q);
-    else
-      factorised_tile<T, R, 2>(u, a, depth, g, q);
-  } else if constexpr (R > 1) {
-    factorised_rows<T, R - 1>(rows, vectors, u, a, depth, g, q);
-  }
-}
-
-// m[r, :] = sum_t g[t, r] a[t, :], R rows by one panel of inputs; added to m where asked.
-template <class T, int R>
-void outer_tile(const T* __restrict g, const T* __restrict a, int64_t tokens, bool add,
-                T* __restrict m, int64_t stride) {
-  Vector<T> acc[R][2] = {};
-  if (add) {
-#pragma GCC unroll 16
-    for (int r = 0; r < R; ++r) {
-      acc[r][0] = load(m + r * stride);
-      acc[r][1] = load(m + r * stride + kLanes<T>);
-    }
-  }
-  for (int64_t t = 0; t < tokens; ++t) {
-    const Vector<T> x0 = load(a + t * kWidth<T>);
-    const Vector<T> x1 = load(a + t * kWidth<T> + kLanes<T>);
-#pragma GCC unroll 16
-    for (int r = 0; r < R; ++r) {
-      const T s = g[t * kRows + r];
-      acc[r][0] += s * x0;
-      acc[r][1] += s * x1;
-    }
-  }
-#pragma GCC unroll 16
-  for (int r = 0; r < R; ++r) {
-    store(m + r * stride, acc[r][0]);
-    store(m + r * stride + kLanes<T>, acc[r][1]);
-  }
-}
-
-template <class T, int R = kRows>
-void outer_rows(int rows, const T* g, const T* a, int64_t tokens, bool add, T* m,
-                int64_t stride) {
-  if (rows == R)
-    outer_tile<T, R>(g, a, tokens, add, m, stride);
-  else if constexpr (R > 1)
-    outer_rows<T, R - 1>(rows, g, a, tokens, add, m, stride);
-}
-
-constexpr int kDotSamples = 4;
-constexpr int kDotDirections = kRows >= 12 ? 4 : 2;  // by registers, as kRows
-
-// q[s, p] += <m[s], u[p]> over `count` elements, a multiple of the vector length.
-template <class T, int S, int P>
-void dot_tile(const T* __restrict m, const T* __restrict u, int64_t tile, int64_t count,
-              double* __restrict q, int64_t stride) {
-  Vector<T> acc[S][P] = {};
-  for (int64_t e = 0; e < count; e += kLanes<T>) {
-    Vector<T> y[P];
-    for (int p = 0; p < P; ++p) y[p] = load(u + p * tile + e);
-#pragma GCC unroll 4
-    for (int s = 0; s < S; ++s) {
-      const Vector<T> x = load(m + s * tile + e);
-      for (int p = 0; p < P; ++p) acc[s][p] += x * y[p];
-    }
-  }
-  for (int s = 0; s < S; ++s)
-    for (int p = 0; p < P; ++p) q[s * stride + p] += sum_lanes<T>(acc[s][p]);
-}
-
-template <class T, int S = kDotSamples, int P = kDotDirections>
-void dot_group(int samples, int directions, const T* m, const T* u, int64_t tile, int64_t count,
-               double* q, int64_t stride) {
-  if (samples == S && directions == P)
-    dot_tile<T, S, P>(m, u, tile, count, q, stride);
-  else if constexpr (P > 1) {
-    if (directions < P)
-      dot_group<T, S, P - 1>(samples, directions, m, u, tile, count, q, stride);
-    else if constexpr (S > 1)
-      dot_group<T, S - 1, P>(samples, directions, m, u, tile, count, q, stride);
-  } else if constexpr (S > 1) {
-    dot_group<T, S - 1, P>(samples, directions, m, u, tile, count, q, stride);
-  }
-}
 
 // ------------------------------------------------------------------------------ sums over samples
 
@@ -159,89 +41,91 @@ class SampleSums {
   int64_t per_sample_;
 };
 
-// `items` cut into `parts` runs as equal as can be: where run `part` begins.
-constexpr int64_t cut(int64_t items, int64_t parts, int64_t part) { return items * part / parts; }
-
 // ------------------------------------------------------------------------------ factorised form
 
-// A panel of samples, input-major: to[k, s] = x[row0 + s, k], absent samples 0.
+// sums[r] += tile[r, :] a[r, :] over the first `columns` of a tile.
+template <class T, int R>
+[[gnu::always_inline]] inline void dot_rows(const Tile<T, R>& tile, const T* a, int64_t columns, Vector<T>* sums) {
+  constexpr int64_t L = kLanes<T>;
+  if (columns == kWidth<T>) {
+#pragma GCC unroll 16
+    for (int r = 0; r < R; ++r)
+      sums[r] += tile[r][0] * load(a + r * kWidth<T>) + tile[r][1] * load(a + r * kWidth<T> + L);
+    return;
+  }
+  for (int r = 0; r < R; ++r)
+    for (int v = 0; v < 2; ++v)
+      sums[r] += first_lanes<T>(tile[r][v] * load(a + r * kWidth<T> + v * L), columns - v * L);
+}
+
+// Samples in panels of kRows: g depth-major, a in tiles to[column panel, s, l].
 template <class T>
-void pack_samples(const Array& x, int64_t row0, int64_t rows, int64_t columns, T* to) {
+void pack_samples(const DirectionalCurvature& c, int64_t row0, int64_t rows, T* scratch, T* g_to,
+                  T* a_to) {
   constexpr int64_t W = kWidth<T>;
-  constexpr int64_t step = 64;
-  T scratch[step];
-  for (int64_t k0 = 0; k0 < columns; k0 += step) {
-    const int64_t run = smaller(step, columns - k0);
-    for (int64_t s = 0; s < W; ++s) {
-      if (s < rows) {
-        const T* from = widened<T>(x, (row0 + s) * columns + k0, run, scratch);
-        for (int64_t k = 0; k < run; ++k) to[(k0 + k) * W + s] = from[k];
-      } else {
-        for (int64_t k = 0; k < run; ++k) to[(k0 + k) * W + s] = T(0);
-      }
+  pack_across<T, kRows>(c.g, row0 * c.o, c.o, rows, c.o, g_to);
+  for (int64_t s = 0; s < kRows; ++s) {
+    const T* from = scratch;
+    if (s < rows) from = widened<T>(c.a, (row0 + s) * c.i, c.i, scratch);
+    for (int64_t c0 = 0; c0 < c.i; c0 += W) {
+      T* to = a_to + c0 * kRows + s * W;
+      const int64_t run = s < rows ? smaller(W, c.i - c0) : 0;
+      std::memcpy(to, from + c0, static_cast<size_t>(run) * sizeof(T));
+      for (int64_t l = run; l < W; ++l) to[l] = T(0);
     }
   }
 }
 
 template <class T>
 void factorised(const DirectionalCurvature& c, int threads, SampleSums& sums) {
-  constexpr int64_t W = kWidth<T>;
-  constexpr int64_t block = kBlockPanels * W;
+  constexpr int64_t W = kWidth<T>, block = kBlockPanels * W;
   const int64_t rows = c.n * c.t, i = c.i, o = c.o;
-  const int64_t depths = ceil_div(i, kDepth), tiles = ceil_div(o, kRows);
+  const int64_t i_wide = round_up(i, W), depths = ceil_div(o, kDepth), blocks = ceil_div(i, block);
+  const int64_t slots = depths * blocks;
 
-  const int64_t row_bytes = (i + o) * static_cast<int64_t>(sizeof(T));
-  const int64_t fitting = larger(1, kPassBytes / row_bytes / block) * block;
-  const int64_t pass = smaller(round_up(rows, W), fitting);
-  const int64_t blocks = ceil_div(pass, block);
-  const int64_t p_block = smaller(c.p, larger(1, kSlotBytes / (8 * pass)));
-  const int64_t row_parts = smaller(tiles, ceil_div(kUnits, blocks * p_block));
-  const int64_t depth_parts = smaller(depths, ceil_div(kUnits, blocks * p_block * row_parts));
-  const int64_t slots = row_parts * depth_parts;
+  const int64_t row_bytes = (i_wide + o) * static_cast<int64_t>(sizeof(T));
+  const int64_t fitting = larger(1, kPassBytes / row_bytes / kRows) * kRows;
+  const int64_t pass = smaller(round_up(rows, kRows), fitting), pass_panels = pass / kRows;
+  const int64_t p_block = smaller(c.p, larger(1, kSlotBytes / (8 * pass * slots)));
+  const int64_t parts = smaller(pass_panels, ceil_div(kUnits, p_block * slots));
 
-  Buffer<T> a_pack(pass * i), g_pack(pass * o), u_tiles(threads * kRows * kTileStride<T>);
+  Buffer<T> a_pack(pass * i_wide), g_pack(pass * o), rows_scratch(threads * i);
+  Buffer<T> u_pack(threads * smaller(block, i_wide) * smaller(kDepth, o));
   Buffer<double> partial(p_block * slots * pass);
 
   for (int64_t row0 = 0; row0 < rows; row0 += pass) {
-    const int64_t here = smaller(pass, rows - row0), panels = ceil_div(here, W);
-    parallel_units(panels, threads, [&](int64_t panel, int) {
-      const int64_t first = panel * W, count = smaller(W, here - first);
-      pack_samples<T>(c.a, row0 + first, count, i, a_pack.get() + first * i);
-      pack_samples<T>(c.g, row0 + first, count, o, g_pack.get() + first * o);
+    const int64_t here = smaller(pass, rows - row0), panels = ceil_div(here, kRows);
+    parallel_units(panels, threads, [&](int64_t panel, int thread) {
+      const int64_t first = panel * kRows, count = smaller(kRows, here - first);
+      pack_samples<T>(c, row0 + first, count, rows_scratch.get() + thread * i,
+                      g_pack.get() + first * o, a_pack.get() + first * i_wide);
     });
-    const int64_t blocks_here = ceil_div(panels, kBlockPanels);
 
     for (int64_t p0 = 0; p0 < c.p; p0 += p_block) {
       const int64_t p_here = smaller(p_block, c.p - p0);
-      parallel_units(p_here * slots * blocks_here, threads, [&](int64_t unit, int thread) {
-        const int64_t b = unit % blocks_here, slot = unit / blocks_here % slots;
-        const int64_t p = unit / blocks_here / slots;
-        const int64_t rp = slot % row_parts, dp = slot / row_parts;
-        const int64_t panel0 = b * kBlockPanels, panel1 = smaller(panels, panel0 + kBlockPanels);
-        double* q = partial.get() + (p * slots + slot) * pass;
-        for (int64_t s = panel0 * W; s < panel1 * W; ++s) q[s] = 0.0;
-        T* u = u_tiles.get() + thread * kRows * kTileStride<T>;
+      parallel_units(p_here * slots * parts, threads, [&](int64_t unit, int thread) {
+        const int64_t part = unit % parts, slot = unit / parts % slots, p = unit / parts / slots;
+        const int64_t k0 = slot % depths * kDepth, depth = smaller(kDepth, o - k0);
+        const int64_t c0 = slot / depths * block, columns = smaller(block, i - c0);
+        T* u = u_pack.get() + thread * smaller(block, i_wide) * smaller(kDepth, o);
+        pack_block<T, W>(c.U, ((p0 + p) * o + k0) * i + c0, i, columns, depth, u);
 
-        for (int64_t d = cut(depths, depth_parts, dp); d < cut(depths, depth_parts, dp + 1); ++d) {
-          const int64_t k0 = d * kDepth, depth = smaller(kDepth, i - k0);
-          for (int64_t t = cut(tiles, row_parts, rp); t < cut(tiles, row_parts, rp + 1); ++t) {
-            const int64_t o0 = t * kRows, r = smaller(kRows, o - o0);
-            for (int64_t j = 0; j < r; ++j) {
-              T* row = u + j * kTileStride<T>;
-              const T* from = widened<T>(c.U, ((p0 + p) * o + o0 + j) * i + k0, depth, row);
-              if (from != row) std::memcpy(row, from, static_cast<size_t>(depth) * sizeof(T));
+        double* q = partial.get() + (p * slots + slot) * pass;
+        for (int64_t panel = cut(panels, parts, part); panel < cut(panels, parts, part + 1);
+             ++panel) {
+          const int64_t s0 = panel * kRows;
+          with_rows(here - s0, [&](auto count) {
+            Vector<T> products[count] = {};
+            for (int64_t w = 0; w < columns; w += W) {
+              const T* a = a_pack.get() + s0 * i_wide + (c0 + w) * kRows;
+              prefetch(a, count * W);
+              multiply<T, count>(g_pack.get() + s0 * o + k0 * kRows, u + w * depth, depth,
+                                 [&](const Tile<T, count>& tile) {
+                                   dot_rows<T, count>(tile, a, smaller(W, columns - w), products);
+                                 });
             }
-            const int64_t next = smaller(kRows, o - o0 - r);  // rows to fetch meanwhile
-            for (int64_t panel = panel0; panel < panel1; ++panel) {
-              const int64_t k = panel - panel0, calls = panel1 - panel0;
-              for (int64_t l = cut(next, calls, k); l < cut(next, calls, k + 1); ++l)
-                prefetch(c.U, ((p0 + p) * o + o0 + r + l) * i + k0, depth);
-              const int vectors = here - panel * W <= kLanes<T> ? 1 : 2;
-              factorised_rows<T>(static_cast<int>(r), vectors, u,
-                                 a_pack.get() + (panel * i + k0) * W, depth,
-                                 g_pack.get() + (panel * o + o0) * W, q + panel * W);
-            }
-          }
+            for (int r = 0; r < count; ++r) q[s0 + r] = sum_lanes<T>(products[r]);
+          });
         }
       });
       parallel_units(p_here, threads, [&](int64_t p, int) {
@@ -258,19 +142,53 @@ void factorised(const DirectionalCurvature& c, int threads, SampleSums& sums) {
 
 // ------------------------------------------------------------------------------ contracted form
 
-// Columns in panels of `width`, token-major: to[panel, t, l] = x[row0 + t, panel * width + l].
-// `tokens` is the stride between panels; `scratch` holds a row. Absent columns are 0.
+// A tile of M: kRows outputs by kTileColumns inputs, row by row.
 template <class T>
-void pack_tokens(const Array& x, int64_t row0, int64_t count, int64_t tokens, int64_t columns,
-                 int64_t width, T* scratch, T* to) {
-  for (int64_t t = 0; t < count; ++t) {
-    const T* from = widened<T>(x, (row0 + t) * columns, columns, scratch);
-    for (int64_t c0 = 0; c0 < columns; c0 += width) {
-      T* row = to + c0 * tokens + t * width;
-      const int64_t run = smaller(width, columns - c0);
-      std::memcpy(row, from + c0, static_cast<size_t>(run) * sizeof(T));
-      for (int64_t l = run; l < width; ++l) row[l] = T(0);
+constexpr int64_t kTileColumns = kTilePanels * kWidth<T>;
+template <class T>
+constexpr int64_t kTile = kRows * kTileColumns<T>;
+
+// Samples and directions whose products share registers, by their number.
+constexpr int kDotSamples = kRows >= 12 ? 6 : 4;
+constexpr int kDotDirections = kRows >= 12 ? 4 : 2;
+
+// q[s, p] += <m[s], u[p]>, lane by lane, for tiles m of M and the same tiles of U.
+template <class T, int S, int P>
+void dot_tile(const T* __restrict m, int64_t m_step, const T* __restrict u, int64_t u_step,
+              int64_t u_stride, int64_t rows, Vector<T>* q, int64_t q_stride) {
+  Vector<T> acc[S][P];
+#pragma GCC unroll 8
+  for (int s = 0; s < S; ++s)
+    for (int p = 0; p < P; ++p) acc[s][p] = q[s * q_stride + p];
+  for (int64_t r = 0; r < rows; ++r)
+    for (int64_t e = 0; e < kTileColumns<T>; e += kLanes<T>) {
+      Vector<T> y[P];
+      for (int p = 0; p < P; ++p) y[p] = load(u + p * u_step + r * u_stride + e);
+#pragma GCC unroll 8
+      for (int s = 0; s < S; ++s) {
+        const Vector<T> x = load(m + s * m_step + r * kTileColumns<T> + e);
+        for (int p = 0; p < P; ++p) acc[s][p] += x * y[p];
+      }
     }
+#pragma GCC unroll 8
+  for (int s = 0; s < S; ++s)
+    for (int p = 0; p < P; ++p) q[s * q_stride + p] = acc[s][p];
+}
+
+template <class T, int S = kDotSamples, int P = kDotDirections>
+void dot_group(int64_t samples, int64_t directions, const T* m, int64_t m_step, const T* u,
+               int64_t u_step, int64_t u_stride, int64_t rows, Vector<T>* q, int64_t q_stride) {
+  if (samples == S && directions == P)
+    dot_tile<T, S, P>(m, m_step, u, u_step, u_stride, rows, q, q_stride);
+  else if constexpr (P > 1) {
+    if (directions < P)
+      dot_group<T, S, P - 1>(samples, directions, m, m_step, u, u_step, u_stride, rows, q,
+                             q_stride);
+    else if constexpr (S > 1)
+      dot_group<T, S - 1, P>(samples, directions, m, m_step, u, u_step, u_stride, rows, q,
+                             q_stride);
+  } else if constexpr (S > 1) {
+    dot_group<T, S - 1, P>(samples, directions, m, m_step, u, u_step, u_stride, rows, q, q_stride);
   }
 }
 
@@ -279,116 +197,167 @@ void pack_tokens(const Array& x, int64_t row0, int64_t count, int64_t tokens, in
 constexpr int64_t kRowTokens = 2048;
 
 template <class T>
-void contracted(const DirectionalCurvature& c, int threads, SampleSums& sums) {
-  constexpr int64_t W = kWidth<T>;
-  constexpr int64_t panel_bytes = kRows * W * static_cast<int64_t>(sizeof(T));
-  constexpr int64_t tile_panels = larger(1, kTileBytes / panel_bytes);
-  constexpr int64_t tile_columns = tile_panels * W, tile = kRows * tile_columns;
-  const int64_t i = c.i, o = c.o, p = c.p;
-  const int64_t cuts = ceil_div(c.t, kRowTokens), rows = c.n * cuts, tokens = ceil_div(c.t, cuts);
-  const int64_t i_wide = round_up(i, W), o_wide = round_up(o, kRows);
+class Contraction {
+ public:
+  Contraction(const DirectionalCurvature& c, int threads)
+      : c_(c),
+        threads_(threads),
+        cuts_(ceil_div(c.t, kRowTokens)),
+        rows_(c.n * cuts_),
+        tokens_(ceil_div(c.t, cuts_)),
+        i_wide_(round_up(c.i, kTileColumns<T>)),
+        o_wide_(round_up(c.o, kRows)),
+        pass_(smaller(rows_, larger(1, kPassBytes / row_bytes()))),
+        group_(smaller(pass_, tokens_ >= 32 ? 16 : 64)),
+        height_(smaller(tiles_o(), larger(1, kHeldTiles / group_))),
+        stacks_i_(ceil_div(c.i, kTileColumns<T>)),
+        stacks_(stacks_i_ * ceil_div(tiles_o(), height_)),
+        parts_(smaller(stacks_, ceil_div(kUnits, ceil_div(pass_, group_)))),
+        a_(pass_ * tokens_ * i_wide_),
+        g_(pass_ * tokens_ * o_wide_),
+        m_(threads * group_ * height_ * kTile<T>),
+        u_(threads * kDotDirections * kTile<T>),
+        products_(threads * group_ * c.p * kLanes<T>),
+        partial_(parts_ * pass_ * c.p) {}
 
-  // A stack is `height` tiles of M one below the other, for `group` samples. Many tokens want a
-  // high stack, which reads a and g from the cache again; few want many samples, which share U.
-  const int64_t row_bytes = tokens * (i_wide + o_wide) * static_cast<int64_t>(sizeof(T));
-  const int64_t pass = smaller(rows, larger(1, kPassBytes / row_bytes));
-  const int64_t group = smaller(pass, tokens >= 64 ? 8 : 32), groups = ceil_div(pass, group);
-  const int64_t tiles_o = ceil_div(o, kRows);
-  const int64_t height = smaller(tiles_o, kHeldTiles / group);
-  const int64_t stacks_i = ceil_div(i, tile_columns);
-  const int64_t stacks = stacks_i * ceil_div(tiles_o, height);
-  const int64_t parts = smaller(stacks, ceil_div(kUnits, groups));
-
-  Buffer<T> a_pack(pass * tokens * i_wide), g_pack(pass * tokens * o_wide);
-  const int64_t scratch_size = larger(larger(i, o), (group * height + kDotDirections) * tile);
-  Buffer<T> scratch(threads * scratch_size);
-  Buffer<double> partial(parts * pass * p);
-
-  for (int64_t row0 = 0; row0 < rows; row0 += pass) {
-    const int64_t here = smaller(pass, rows - row0);
-    // Tokens of row `row`: block `row % cuts` of sample `row / cuts`.
-    const auto first_token = [&](int64_t row) {
-      return row / cuts * c.t + cut(c.t, cuts, row % cuts);
-    };
-    parallel_units(here, threads, [&](int64_t r, int thread) {
-      const int64_t first = first_token(row0 + r), count = first_token(row0 + r + 1) - first;
-      T* row = scratch.get() + thread * scratch_size;
-      pack_tokens<T>(c.a, first, count, tokens, i, W, row, a_pack.get() + r * tokens * i_wide);
-      pack_tokens<T>(c.g, first, count, tokens, o, kRows, row, g_pack.get() + r * tokens * o_wide);
-    });
-
-    const int64_t groups_here = ceil_div(here, group);
-    parallel_units(groups_here * parts, threads, [&](int64_t unit, int thread) {
-      const int64_t part = unit % parts, r0 = unit / parts * group;
-      const int64_t samples = smaller(group, here - r0);
-      T* u = scratch.get() + thread * scratch_size;
-      T* m = u + kDotDirections * tile;  // m[h, s]: tile h of the stack of sample s
-      double* q = partial.get() + (part * pass + r0) * p;
-      for (int64_t j = 0; j < samples * p; ++j) q[j] = 0.0;
-
-      for (int64_t n = cut(stacks, parts, part); n < cut(stacks, parts, part + 1); ++n) {
-        const int64_t h0 = n / stacks_i * height, h1 = smaller(tiles_o, h0 + height);
-        const int64_t i0 = n % stacks_i * tile_columns, columns = smaller(tile_columns, i - i0);
-        const int64_t wide = round_up(columns, W);  // row stride within the tile
-
-        for (int64_t s = 0; s < samples; ++s) {
-          const int64_t row = r0 + s;
-          const int64_t count = first_token(row0 + row + 1) - first_token(row0 + row);
-          const T* a = a_pack.get() + (row * i_wide + i0) * tokens;
-          const T* g = g_pack.get() + row * o_wide * tokens;
-          for (int64_t t0 = 0; t0 < count; t0 += kDepth) {
-            const int64_t depth = smaller(kDepth, count - t0);
-            for (int64_t h = h0; h < h1; ++h) {
-              const int r = static_cast<int>(smaller(kRows, o - h * kRows));
-              const T* gh = g + h * kRows * tokens + t0 * kRows;
-              T* to = m + ((h - h0) * group + s) * tile;
-              for (int64_t w = 0; w < wide; w += W)
-                outer_rows<T>(r, gh, a + w * tokens + t0 * W, depth, t0 > 0, to + w, wide);
-              // Padding must be an exact zero: it is 0 * inf = NaN where g is not finite.
-              for (int64_t j = 0; columns < wide && j < r; ++j)
-                for (int64_t k = columns; k < wide; ++k) to[j * wide + k] = T(0);
-            }
-          }
+  void run(SampleSums& sums) {
+    for (int64_t row0 = 0; row0 < rows_; row0 += pass_) {
+      const int64_t here = smaller(pass_, rows_ - row0);
+      parallel_units(here, threads_, [&](int64_t r, int) { pack(row0 + r, r); });
+      parallel_units(ceil_div(here, group_) * parts_, threads_, [&](int64_t unit, int thread) {
+        const int64_t r0 = unit / parts_ * group_;
+        contract(row0, r0, smaller(group_, here - r0), unit % parts_, thread);
+      });
+      parallel_units(c_.p, threads_, [&](int64_t j, int) {
+        for (int64_t s = 0; s < here; ++s) {
+          double q = 0.0;
+          for (int64_t part = 0; part < parts_; ++part)
+            q += partial_.get()[(part * pass_ + s) * c_.p + j];
+          sums.add(j, row0 + s, q);
         }
-        for (int64_t h = h0; h < h1; ++h) {
-          const int64_t r = smaller(kRows, o - h * kRows);
-          for (int64_t p0 = 0; p0 < p; p0 += kDotDirections) {
-            const int64_t directions = smaller(kDotDirections, p - p0);
-            for (int64_t d = 0; d < directions; ++d)
-              for (int64_t j = 0; j < r; ++j) {
-                T* row = u + d * tile + j * wide;
-                const T* from =
-                    widened<T>(c.U, ((p0 + d) * o + h * kRows + j) * i + i0, columns, row);
-                if (from != row) std::memcpy(row, from, static_cast<size_t>(columns) * sizeof(T));
-                for (int64_t k = columns; k < wide; ++k) row[k] = T(0);
-              }
-            // The tiles of U come from memory; fetch the next ones while these are in use.
-            const int64_t next = smaller(kDotDirections, p - p0 - directions) * r;
-            const int64_t calls = ceil_div(samples, kDotSamples);
-            for (int64_t k = 0; k < calls; ++k) {
-              for (int64_t l = cut(next, calls, k); l < cut(next, calls, k + 1); ++l) {
-                const int64_t d = p0 + directions + l / r, j = h * kRows + l % r;
-                prefetch(c.U, (d * o + j) * i + i0, columns);
-              }
-              const int64_t s = k * kDotSamples;
-              dot_group<T>(static_cast<int>(smaller(kDotSamples, samples - s)),
-                           static_cast<int>(directions), m + ((h - h0) * group + s) * tile, u,
-                           tile, r * wide, q + s * p + p0, p);
-            }
-          }
-        }
-      }
-    });
-    parallel_units(p, threads, [&](int64_t j, int) {
-      for (int64_t s = 0; s < here; ++s) {
-        double q = 0.0;
-        for (int64_t part = 0; part < parts; ++part)
-          q += partial.get()[(part * pass + s) * p + j];
-        sums.add(j, row0 + s, q);
-      }
-    });
+      });
+    }
   }
-}
+
+ private:
+  static constexpr int64_t W = kWidth<T>;
+
+  int64_t row_bytes() const {
+    return tokens_ * (i_wide_ + o_wide_) * static_cast<int64_t>(sizeof(T));
+  }
+  int64_t tiles_o() const { return o_wide_ / kRows; }
+
+  // Tokens of row `row`: block `row % cuts` of sample `row / cuts`.
+  int64_t first_token(int64_t row) const {
+    return row / cuts_ * c_.t + cut(c_.t, cuts_, row % cuts_);
+  }
+  int64_t token_count(int64_t row) const { return first_token(row + 1) - first_token(row); }
+
+  // The tokens of a row in panels: a (panel, t, kWidth), g (panel, t, kRows).
+  void pack(int64_t row, int64_t slot) {
+    const int64_t first = first_token(row), count = token_count(row), i = c_.i, o = c_.o;
+    T* a = a_.get() + slot * tokens_ * i_wide_;
+    for (int64_t c0 = 0; c0 < i_wide_; c0 += W)
+      pack_along<T, W>(c_.a, first * i + c0, i, larger(0, smaller(W, i - c0)), count,
+                       a + c0 * tokens_);
+    T* g = g_.get() + slot * tokens_ * o_wide_;
+    for (int64_t r0 = 0; r0 < o; r0 += kRows)
+      pack_along<T, kRows>(c_.g, first * o + r0, o, smaller(kRows, o - r0), count,
+                           g + r0 * tokens_);
+  }
+
+  // Tile of M = g^T a of one row at output r0, input c0.
+  void outer(int64_t slot, int64_t count, int64_t r0, int64_t c0, T* to) const {
+    const T* a = a_.get() + (slot * i_wide_ + c0) * tokens_;
+    const T* g = g_.get() + (slot * o_wide_ + r0) * tokens_;
+    for (int64_t w = 0; w < kTileColumns<T>; w += W)
+      for (int64_t t0 = 0; t0 < count; t0 += kDepth)
+        with_rows(c_.o - r0, [&](auto rows) {
+          multiply<T, rows>(g + t0 * kRows, a + w * tokens_ + t0 * W, smaller(kDepth, count - t0),
+                            [&](const Tile<T, rows>& tile) {
+#pragma GCC unroll 16
+                              for (int r = 0; r < rows; ++r)
+                                for (int v = 0; v < 2; ++v) {
+                                  T* at = to + r * kTileColumns<T> + w + v * kLanes<T>;
+                                  store(at, t0 == 0 ? tile[r][v] : load(at) + tile[r][v]);
+                                }
+                            });
+        });
+    // Padding must be an exact zero: it is 0 * inf = NaN where g is not finite.
+    if (c0 + kTileColumns<T> > c_.i)
+      for (int64_t r = 0; r < kRows; ++r)
+        for (int64_t k = c_.i - c0; k < kTileColumns<T>; ++k) to[r * kTileColumns<T> + k] = T(0);
+  }
+
+  // Tiles of U for `directions` directions: where they lie, or a widened and padded copy.
+  const T* directions(int64_t p0, int64_t count, int64_t r0, int64_t rows, int64_t c0, T* copy,
+                      int64_t& step, int64_t& stride) const {
+    const int64_t i = c_.i, columns = smaller(kTileColumns<T>, i - c0);
+    step = c_.o * i;
+    stride = i;
+    constexpr Type own = sizeof(T) == 8 ? Type::f64 : Type::f32;
+    if (c_.U.type == own && columns == kTileColumns<T>)
+      return static_cast<const T*>(c_.U.data) + (p0 * c_.o + r0) * i + c0;
+    for (int64_t d = 0; d < count; ++d)
+      for (int64_t r = 0; r < rows; ++r) {
+        T* row = copy + d * kTile<T> + r * kTileColumns<T>;
+        const T* from = widened<T>(c_.U, ((p0 + d) * c_.o + r0 + r) * i + c0, columns, row);
+        if (from != row) std::memcpy(row, from, static_cast<size_t>(columns) * sizeof(T));
+        for (int64_t k = columns; k < kTileColumns<T>; ++k) row[k] = T(0);
+      }
+    step = kTile<T>;
+    stride = kTileColumns<T>;
+    return copy;
+  }
+
+  // The products of samples r0, r0 + 1, ... with all directions over one part of the stacks.
+  void contract(int64_t row0, int64_t r0, int64_t samples, int64_t part, int thread) {
+    const int64_t p = c_.p, m_step = height_ * kTile<T>;
+    T* m = m_.get() + thread * group_ * m_step;  // tile h of sample s: m[s, h]
+    T* copy = u_.get() + thread * kDotDirections * kTile<T>;
+    auto* q = reinterpret_cast<Vector<T>*>(products_.get() + thread * group_ * p * kLanes<T>);
+    for (int64_t j = 0; j < samples * p; ++j) q[j] = Vector<T>{};
+
+    for (int64_t n = cut(stacks_, parts_, part); n < cut(stacks_, parts_, part + 1); ++n) {
+      const int64_t h0 = n / stacks_i_ * height_, h1 = smaller(tiles_o(), h0 + height_);
+      const int64_t c0 = n % stacks_i_ * kTileColumns<T>;
+      for (int64_t s = 0; s < samples; ++s)
+        for (int64_t h = h0; h < h1; ++h)
+          outer(r0 + s, token_count(row0 + r0 + s), h * kRows, c0,
+                m + s * m_step + (h - h0) * kTile<T>);
+      for (int64_t h = h0; h < h1; ++h) {
+        const int64_t rows = smaller(kRows, c_.o - h * kRows);
+        for (int64_t p0 = 0; p0 < p; p0 += kDotDirections) {
+          const int64_t count = smaller(kDotDirections, p - p0);
+          int64_t u_step, u_stride;
+          const T* u = directions(p0, count, h * kRows, rows, c0, copy, u_step, u_stride);
+          // The tiles of U come from memory; fetch the next ones while these are in use.
+          const int64_t next = smaller(kDotDirections, p - p0 - count) * rows;
+          const int64_t calls = ceil_div(samples, kDotSamples);
+          for (int64_t k = 0; k < calls; ++k) {
+            for (int64_t l = cut(next, calls, k); l < cut(next, calls, k + 1); ++l)
+              prefetch(c_.U, ((p0 + count + l / rows) * c_.o + h * kRows + l % rows) * c_.i + c0,
+                       smaller(kTileColumns<T>, c_.i - c0));
+            const int64_t s = k * kDotSamples;
+            dot_group<T>(smaller(kDotSamples, samples - s), count,
+                         m + s * m_step + (h - h0) * kTile<T>, m_step, u, u_step, u_stride, rows,
+                         q + s * p + p0, p);
+          }
+        }
+      }
+    }
+    double* to = partial_.get() + (part * pass_ + r0) * p;
+    for (int64_t j = 0; j < samples * p; ++j) to[j] = sum_lanes<T>(q[j]);
+  }
+
+  const DirectionalCurvature& c_;
+  const int threads_;
+  const int64_t cuts_, rows_, tokens_, i_wide_, o_wide_;
+  const int64_t pass_, group_, height_;  // rows packed at a time; of a unit; tiles of M in a stack
+  const int64_t stacks_i_, stacks_, parts_;
+  Buffer<T> a_, g_, m_, u_, products_;
+  Buffer<double> partial_;
+};
 
 template <class T>
 void run(const DirectionalCurvature& c) {
@@ -397,7 +366,10 @@ void run(const DirectionalCurvature& c) {
                        static_cast<double>(contract ? c.t + c.p : c.t * c.p);
   const int threads = flops < kSerialFlops || c.threads < 1 ? 1 : c.threads;
   SampleSums sums(c.p, contract ? ceil_div(c.t, kRowTokens) : c.t);
-  contract ? contracted<T>(c, threads, sums) : factorised<T>(c, threads, sums);
+  if (contract)
+    Contraction<T>(c, threads).run(sums);
+  else
+    factorised<T>(c, threads, sums);
   for (int64_t j = 0; j < c.p; ++j) c.out[j] = sums.squares(j) / static_cast<double>(c.n);
 }
 

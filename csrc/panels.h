@@ -73,9 +73,6 @@ template <class Call>
     call(std::integral_constant<int, kRows>{});
 }
 
-// Storage of `count` panels of a depth: [panel][k][lane].
-constexpr int64_t panels(int64_t count, int64_t width) { return ceil_div(count, width); }
-
 // One panel of a row-major matrix: to[k * L + l] = x[offset + l * stride + k], the depth contiguous.
 // Lanes from `lanes` on are 0.
 template <class T, int L>
@@ -112,6 +109,28 @@ void pack_along(const Array& x, int64_t offset, int64_t stride, int64_t lanes, i
   for (int64_t k = 0; k < depth; ++k) {
     const T* from = widened<T>(x, offset + k * stride, lanes, scratch);
     for (int64_t l = 0; l < L; ++l) to[k * L + l] = l < lanes ? from[l] : T(0);
+  }
+}
+
+// Neighbouring panels of a row-major matrix: to[panel, k, l] = x[offset + k * stride + panel * L + l].
+// Row by row, and rows ahead of their use: a row may lie in a page of its own.
+template <class T, int L>
+void pack_block(const Array& x, int64_t offset, int64_t stride, int64_t columns, int64_t depth,
+                T* __restrict to) {
+  constexpr int64_t ahead = 8;
+  T scratch[L];
+  for (int64_t k = 0; k < depth; ++k) {
+    if (k + ahead < depth) prefetch(x, offset + (k + ahead) * stride, columns);
+    for (int64_t c0 = 0; c0 < columns; c0 += L) {
+      const int64_t run = smaller(L, columns - c0);
+      T* row = to + c0 * depth + k * L;
+      const T* from = widened<T>(x, offset + k * stride + c0, run, scratch);
+      if (run == L) {
+        std::memcpy(row, from, L * sizeof(T));
+      } else {
+        for (int64_t l = 0; l < L; ++l) row[l] = l < run ? from[l] : T(0);
+      }
+    }
   }
 }
 

@@ -124,6 +124,13 @@ inline const T* widened(const Array& x, int64_t offset, int64_t count, T* scratc
   return scratch;
 }
 
+// Ask for `count` elements ahead of their use.
+template <class T>
+inline void prefetch(const T* from, int64_t count) {
+  for (int64_t k = 0; k < count; k += 64 / static_cast<int64_t>(sizeof(T)))
+    __builtin_prefetch(from + k, 0, 3);
+}
+
 // Ask for `count` elements of `x` from `offset` ahead of their use.
 inline void prefetch(const Array& x, int64_t offset, int64_t count) {
   const int64_t size = x.type == Type::f64 ? 8 : x.type == Type::f32 ? 4 : 2;
