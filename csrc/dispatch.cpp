@@ -1,8 +1,12 @@
 // Each operation, sent to the instruction set in use.
 #include "directional_curvature.h"
+#include "directional_curvature_rank1.h"
 #include "fma_peak.h"
 #include "gram.h"
 #include "isa.h"
+#include "kron_matvec.h"
+#include "kron_quadratic.h"
+#include "kron_quadratic_rank1.h"
 
 #ifdef DDF_HAVE_AVX512
 #define DDF_CASE_AVX512(name) \
@@ -31,7 +35,11 @@
 namespace ddf {
 
 DDF_DISPATCH(directional_curvature, DirectionalCurvature)
+DDF_DISPATCH(directional_curvature_rank1, DirectionalCurvatureRank1)
 DDF_DISPATCH(fma_peak, FmaPeak)
 DDF_DISPATCH(gram, Gram)
+DDF_DISPATCH(kron_matvec, KronMatvec)
+DDF_DISPATCH(kron_quadratic, KronQuadratic)
+DDF_DISPATCH(kron_quadratic_rank1, KronQuadraticRank1)
 
 }  // namespace ddf

@@ -2,14 +2,16 @@
 
 Index letters: p directions, o outputs, i inputs; A is (i, i), G is (o, o), U is (p, o, i).
 
-Computed as sum_oi (G U)_oi (U A^T)_oi: two products, no third one, nothing factorised. A rounded
-Gram matrix has eigenvalues a little below 0, so its square root or Cholesky factor may not exist.
+The reference is sum_oi (G U)_oi (U A^T)_oi: two products, no third one, nothing factorised. A
+rounded Gram matrix has eigenvalues a little below 0, so its Cholesky factor may not exist. Where
+both factors have one, compiled kernels take the sum of squares |L_G^T U L_A|^2 instead: the zeros
+of the triangles halve the work, and nothing cancels.
 
 Accuracy: absolute error of order eps |A| |G| |U|^2 with eps the rounding of the dtype. A value at
 that level is not resolved; use fp64 factors, or `directional_curvature` on the samples, whose
 relative error does not grow as the direction dies.
 
-Bound: 2 p o i (o + i) FLOP, p o i elements read.
+Bound: 2 p o i (o + i) FLOP, or half of it by Cholesky factors; p o i elements read.
 
 Source: K-FAC (Martens & Grosse 2015); Dead Directions (arXiv 2606.05957) reads layer rates off it.
 """
@@ -34,6 +36,31 @@ def reference(A: Tensor, G: Tensor, U: Tensor) -> Tensor:
         u = U[some].to(dtype)
         parts.append(((G @ u) * (u @ A.mT)).sum((1, 2)))
     return torch.cat(parts).clamp(min=0)
+
+
+#: Work of a product in the inputs' precision that a factorisation in fp64 is worth.
+_FACTORISATION = 4
+
+
+def cholesky_factors(A: Tensor, G: Tensor, U: Tensor) -> tuple[Tensor, Tensor] | None:
+    """Return lower triangular L_A, L_G with A = L_A L_A^T, G = L_G L_G^T, where that pays.
+
+    The factorisation runs in fp64 and is rounded once to the dtype of the sums. None where it costs
+    more than it saves, or where a factor has none: it is not exactly symmetric, not finite or only
+    semi-definite.
+    """
+    p, o, i = U.shape
+    if p * o * i * (o + i) < _FACTORISATION * (o**3 + i**3) / 3:
+        return None
+    factors = []
+    for square in (A, G):
+        if not torch.equal(square, square.mT):
+            return None
+        factor, info = torch.linalg.cholesky_ex(square.double())
+        if int(info) != 0 or not bool(factor.diagonal().isfinite().all()):
+            return None
+        factors.append(factor.to(accumulation(A, G, U)))
+    return factors[0], factors[1]
 
 
 def fake(A: Tensor, G: Tensor, U: Tensor) -> Tensor:

@@ -1,6 +1,17 @@
 """Launchers of the C++ kernels, one file per family; names are those of the operations."""
 
-from deaddir_fast.ops._cpu.curvature import directional_curvature
+from deaddir_fast.ops._cpu.curvature import directional_curvature, directional_curvature_rank1
 from deaddir_fast.ops._cpu.gram import gram, gram_, gram_packed, gram_packed_
+from deaddir_fast.ops._cpu.kron import kron_matvec, kron_quadratic, kron_quadratic_rank1
 
-__all__ = ["directional_curvature", "gram", "gram_", "gram_packed", "gram_packed_"]
+__all__ = [
+    "directional_curvature",
+    "directional_curvature_rank1",
+    "gram",
+    "gram_",
+    "gram_packed",
+    "gram_packed_",
+    "kron_matvec",
+    "kron_quadratic",
+    "kron_quadratic_rank1",
+]

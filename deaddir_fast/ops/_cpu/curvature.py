@@ -17,4 +17,18 @@ def _directional_curvature(a: Tensor, g: Tensor, U: Tensor) -> Tensor:
     return out
 
 
+def _directional_curvature_rank1(a: Tensor, g: Tensor, v: Tensor, w: Tensor) -> Tensor:
+    out = torch.empty(v.shape[0], dtype=accumulation(a, g, v, w))
+    extension().directional_curvature_rank1(
+        a.contiguous(),
+        g.contiguous(),
+        v.contiguous(),
+        w.contiguous(),
+        out,
+        torch.get_num_threads(),
+    )
+    return out
+
+
 directional_curvature = kernel(_directional_curvature)
+directional_curvature_rank1 = kernel(_directional_curvature_rank1)
