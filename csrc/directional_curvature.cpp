@@ -2,6 +2,7 @@
 
 #include <limits>
 
+#include "dot.h"
 #include "panels.h"
 #include "parallel.h"
 
@@ -45,7 +46,7 @@ class SampleSums {
 
 // sums[r] += tile[r, :] a[r, :] over the first `columns` of a tile.
 template <class T, int R>
-[[gnu::always_inline]] inline void dot_rows(const Tile<T, R>& tile, const T* a, int64_t columns, Vector<T>* sums) {
+[[gnu::always_inline]] inline void add_products(const Tile<T, R>& tile, const T* a, int64_t columns, Vector<T>* sums) {
   constexpr int64_t L = kLanes<T>;
   if (columns == kWidth<T>) {
 #pragma GCC unroll 16
@@ -121,7 +122,7 @@ void factorised(const DirectionalCurvature& c, int threads, SampleSums& sums) {
               prefetch(a, count * W);
               multiply<T, count>(g_pack.get() + s0 * o + k0 * kRows, u + w * depth, depth,
                                  [&](const Tile<T, count>& tile) {
-                                   dot_rows<T, count>(tile, a, smaller(W, columns - w), products);
+                                   add_products<T, count>(tile, a, smaller(W, columns - w), products);
                                  });
             }
             for (int r = 0; r < count; ++r) q[s0 + r] = sum_lanes<T>(products[r]);
@@ -148,50 +149,6 @@ constexpr int64_t kTileColumns = kTilePanels * kWidth<T>;
 template <class T>
 constexpr int64_t kTile = kRows * kTileColumns<T>;
 
-// Samples and directions whose products share registers, by their number.
-constexpr int kDotSamples = kRows >= 12 ? 6 : 4;
-constexpr int kDotDirections = kRows >= 12 ? 4 : 2;
-
-// q[s, p] += <m[s], u[p]>, lane by lane, for tiles m of M and the same tiles of U.
-template <class T, int S, int P>
-void dot_tile(const T* __restrict m, int64_t m_step, const T* __restrict u, int64_t u_step,
-              int64_t u_stride, int64_t rows, Vector<T>* q, int64_t q_stride) {
-  Vector<T> acc[S][P];
-#pragma GCC unroll 8
-  for (int s = 0; s < S; ++s)
-    for (int p = 0; p < P; ++p) acc[s][p] = q[s * q_stride + p];
-  for (int64_t r = 0; r < rows; ++r)
-    for (int64_t e = 0; e < kTileColumns<T>; e += kLanes<T>) {
-      Vector<T> y[P];
-      for (int p = 0; p < P; ++p) y[p] = load(u + p * u_step + r * u_stride + e);
-#pragma GCC unroll 8
-      for (int s = 0; s < S; ++s) {
-        const Vector<T> x = load(m + s * m_step + r * kTileColumns<T> + e);
-        for (int p = 0; p < P; ++p) acc[s][p] += x * y[p];
-      }
-    }
-#pragma GCC unroll 8
-  for (int s = 0; s < S; ++s)
-    for (int p = 0; p < P; ++p) q[s * q_stride + p] = acc[s][p];
-}
-
-template <class T, int S = kDotSamples, int P = kDotDirections>
-void dot_group(int64_t samples, int64_t directions, const T* m, int64_t m_step, const T* u,
-               int64_t u_step, int64_t u_stride, int64_t rows, Vector<T>* q, int64_t q_stride) {
-  if (samples == S && directions == P)
-    dot_tile<T, S, P>(m, m_step, u, u_step, u_stride, rows, q, q_stride);
-  else if constexpr (P > 1) {
-    if (directions < P)
-      dot_group<T, S, P - 1>(samples, directions, m, m_step, u, u_step, u_stride, rows, q,
-                             q_stride);
-    else if constexpr (S > 1)
-      dot_group<T, S - 1, P>(samples, directions, m, m_step, u, u_step, u_stride, rows, q,
-                             q_stride);
-  } else if constexpr (S > 1) {
-    dot_group<T, S - 1, P>(samples, directions, m, m_step, u, u_step, u_stride, rows, q, q_stride);
-  }
-}
-
 // Very long sequences are cut, so that the packed inputs of one row stay bounded: a run of tokens
 // is a row of its own, and SampleSums joins the rows.
 constexpr int64_t kRowTokens = 2048;
@@ -216,7 +173,7 @@ class Contraction {
         a_(pass_ * tokens_ * i_wide_),
         g_(pass_ * tokens_ * o_wide_),
         m_(threads * group_ * height_ * kTile<T>),
-        u_(threads * kDotDirections * kTile<T>),
+        u_(threads * kDotColumns * kTile<T>),
         products_(threads * group_ * c.p * kLanes<T>),
         partial_(parts_ * pass_ * c.p) {}
 
@@ -290,14 +247,12 @@ class Contraction {
   }
 
   // Tiles of U for `directions` directions: where they lie, or a widened and padded copy.
-  const T* directions(int64_t p0, int64_t count, int64_t r0, int64_t rows, int64_t c0, T* copy,
-                      int64_t& step, int64_t& stride) const {
+  Rows<T> directions(int64_t p0, int64_t count, int64_t r0, int64_t rows, int64_t c0,
+                     T* copy) const {
     const int64_t i = c_.i, columns = smaller(kTileColumns<T>, i - c0);
-    step = c_.o * i;
-    stride = i;
     constexpr Type own = sizeof(T) == 8 ? Type::f64 : Type::f32;
     if (c_.U.type == own && columns == kTileColumns<T>)
-      return static_cast<const T*>(c_.U.data) + (p0 * c_.o + r0) * i + c0;
+      return {static_cast<const T*>(c_.U.data) + (p0 * c_.o + r0) * i + c0, c_.o * i, i};
     for (int64_t d = 0; d < count; ++d)
       for (int64_t r = 0; r < rows; ++r) {
         T* row = copy + d * kTile<T> + r * kTileColumns<T>;
@@ -305,16 +260,14 @@ class Contraction {
         if (from != row) std::memcpy(row, from, static_cast<size_t>(columns) * sizeof(T));
         for (int64_t k = columns; k < kTileColumns<T>; ++k) row[k] = T(0);
       }
-    step = kTile<T>;
-    stride = kTileColumns<T>;
-    return copy;
+    return {copy, kTile<T>, kTileColumns<T>};
   }
 
   // The products of samples r0, r0 + 1, ... with all directions over one part of the stacks.
   void contract(int64_t row0, int64_t r0, int64_t samples, int64_t part, int thread) {
     const int64_t p = c_.p, m_step = height_ * kTile<T>;
     T* m = m_.get() + thread * group_ * m_step;  // tile h of sample s: m[s, h]
-    T* copy = u_.get() + thread * kDotDirections * kTile<T>;
+    T* copy = u_.get() + thread * kDotColumns * kTile<T>;
     auto* q = reinterpret_cast<Vector<T>*>(products_.get() + thread * group_ * p * kLanes<T>);
     for (int64_t j = 0; j < samples * p; ++j) q[j] = Vector<T>{};
 
@@ -327,21 +280,20 @@ class Contraction {
                 m + s * m_step + (h - h0) * kTile<T>);
       for (int64_t h = h0; h < h1; ++h) {
         const int64_t rows = smaller(kRows, c_.o - h * kRows);
-        for (int64_t p0 = 0; p0 < p; p0 += kDotDirections) {
-          const int64_t count = smaller(kDotDirections, p - p0);
-          int64_t u_step, u_stride;
-          const T* u = directions(p0, count, h * kRows, rows, c0, copy, u_step, u_stride);
+        for (int64_t p0 = 0; p0 < p; p0 += kDotColumns) {
+          const int64_t count = smaller(kDotColumns, p - p0);
+          const Rows<T> u = directions(p0, count, h * kRows, rows, c0, copy);
           // The tiles of U come from memory; fetch the next ones while these are in use.
-          const int64_t next = smaller(kDotDirections, p - p0 - count) * rows;
-          const int64_t calls = ceil_div(samples, kDotSamples);
+          const int64_t next = smaller(kDotColumns, p - p0 - count) * rows;
+          const int64_t calls = ceil_div(samples, kDotRows);
           for (int64_t k = 0; k < calls; ++k) {
             for (int64_t l = cut(next, calls, k); l < cut(next, calls, k + 1); ++l)
               prefetch(c_.U, ((p0 + count + l / rows) * c_.o + h * kRows + l % rows) * c_.i + c0,
                        smaller(kTileColumns<T>, c_.i - c0));
-            const int64_t s = k * kDotSamples;
-            dot_group<T>(smaller(kDotSamples, samples - s), count,
-                         m + s * m_step + (h - h0) * kTile<T>, m_step, u, u_step, u_stride, rows,
-                         q + s * p + p0, p);
+            const int64_t s = k * kDotRows;
+            const T* tiles = m + s * m_step + (h - h0) * kTile<T>;
+            dot_rows<T>(smaller(kDotRows, samples - s), count, {tiles, m_step, kTileColumns<T>}, u,
+                        rows, kTileColumns<T>, q + s * p + p0, p);
           }
         }
       }

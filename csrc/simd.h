@@ -58,12 +58,31 @@ inline void store(T* to, Vector<T> v) {
 }
 
 template <class T>
-inline double sum_lanes(Vector<T> v) {  // pairwise, in a fixed order
-  T x[kLanes<T>];
-  std::memcpy(x, &v, sizeof v);
-  for (int half = kLanes<T> / 2; half; half /= 2)
-    for (int l = 0; l < half; ++l) x[l] += x[l + half];
-  return static_cast<double>(x[0]);
+inline Vector<T> load_first(const T* from, int64_t count) {  // the lanes from `count` on are 0
+  T x[kLanes<T>] = {};
+  std::memcpy(x, from, static_cast<size_t>(count) * sizeof(T));
+  return load(x);
+}
+
+template <class T, int Count>
+struct LanesOf {
+  typedef T type __attribute__((vector_size(Count * sizeof(T))));
+};
+
+template <class T, int Count>
+inline double sum_pairs(typename LanesOf<T, Count>::type v) {  // pairwise, in a fixed order
+  if constexpr (Count == 2) {
+    return static_cast<double>(v[0] + v[1]);
+  } else {
+    typename LanesOf<T, Count / 2>::type half[2];
+    std::memcpy(half, &v, sizeof v);
+    return sum_pairs<T, Count / 2>(half[0] + half[1]);
+  }
+}
+
+template <class T>
+inline double sum_lanes(Vector<T> v) {
+  return sum_pairs<T, kLanes<T>>(v);
 }
 
 // Uninitialised cache-line aligned storage. A std::vector would leave shared template code behind.

@@ -38,8 +38,9 @@ def reference(A: Tensor, G: Tensor, U: Tensor) -> Tensor:
     return torch.cat(parts).clamp(min=0)
 
 
-#: Work of a product in the inputs' precision that a factorisation in fp64 is worth.
-_FACTORISATION = 4
+#: A factorisation in fp64 takes the time of this many multiply-adds of a product for each of its
+#: own, and the checks before it that of a small product.
+_FACTORISATION, _CHECKS = 8, 5e7
 
 
 def cholesky_factors(A: Tensor, G: Tensor, U: Tensor) -> tuple[Tensor, Tensor] | None:
@@ -50,7 +51,7 @@ def cholesky_factors(A: Tensor, G: Tensor, U: Tensor) -> tuple[Tensor, Tensor] |
     semi-definite.
     """
     p, o, i = U.shape
-    if p * o * i * (o + i) < _FACTORISATION * (o**3 + i**3) / 3:
+    if p * o * i * (o + i) < _FACTORISATION * (o**3 + i**3) / 3 + _CHECKS:
         return None
     factors = []
     for square in (A, G):
