@@ -109,7 +109,8 @@ void factorised(const DirectionalCurvature& c, int threads, SampleSums& sums) {
         const int64_t k0 = slot % depths * kDepth, depth = smaller(kDepth, o - k0);
         const int64_t c0 = slot / depths * block, columns = smaller(block, i - c0);
         T* u = u_pack.get() + thread * smaller(block, i_wide) * smaller(kDepth, o);
-        pack_block<T, W>(c.U, ((p0 + p) * o + k0) * i + c0, i, columns, depth, u);
+        pack_block<T, W>(c.U, ((p0 + p) * o + k0) * i + c0, i, columns, ceil_div(columns, W), depth,
+                         depth, u);
 
         double* q = partial.get() + (p * slots + slot) * pass;
         for (int64_t panel = cut(panels, parts, part); panel < cut(panels, parts, part + 1);
@@ -213,14 +214,10 @@ class Contraction {
   // The tokens of a row in panels: a (panel, t, kWidth), g (panel, t, kRows).
   void pack(int64_t row, int64_t slot) {
     const int64_t first = first_token(row), count = token_count(row), i = c_.i, o = c_.o;
-    T* a = a_.get() + slot * tokens_ * i_wide_;
-    for (int64_t c0 = 0; c0 < i_wide_; c0 += W)
-      pack_along<T, W>(c_.a, first * i + c0, i, larger(0, smaller(W, i - c0)), count,
-                       a + c0 * tokens_);
-    T* g = g_.get() + slot * tokens_ * o_wide_;
-    for (int64_t r0 = 0; r0 < o; r0 += kRows)
-      pack_along<T, kRows>(c_.g, first * o + r0, o, smaller(kRows, o - r0), count,
-                           g + r0 * tokens_);
+    pack_block<T, W>(c_.a, first * i, i, i, i_wide_ / W, count, tokens_,
+                     a_.get() + slot * tokens_ * i_wide_);
+    pack_block<T, kRows>(c_.g, first * o, o, o, o_wide_ / kRows, count, tokens_,
+                         g_.get() + slot * tokens_ * o_wide_);
   }
 
   // Tile of M = g^T a of one row at output r0, input c0.

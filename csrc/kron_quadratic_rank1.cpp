@@ -34,7 +34,7 @@ void run(const KronQuadraticRank1& c) {
     const int64_t k0 = unit % depths * kDepth, depth = smaller(kDepth, i - k0);
     const int64_t c0 = unit / depths * block, columns = smaller(block, i - c0);
     T* packed = a.get() + thread * scratch;
-    pack_block<T, W>(c.A, k0 * i + c0, i, columns, depth, packed);
+    pack_block<T, W>(c.A, k0 * i + c0, i, columns, ceil_div(columns, W), depth, depth, packed);
     for (int64_t p0 = 0; p0 < c.p; p0 += kRows)
       with_rows(c.p - p0, [&](auto count) {
         Vector<T> sums[count] = {};

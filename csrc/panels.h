@@ -112,19 +112,20 @@ void pack_along(const Array& x, int64_t offset, int64_t stride, int64_t lanes, i
   }
 }
 
-// Neighbouring panels of a row-major matrix: to[panel, k, l] = x[offset + k * stride + panel * L + l].
+// Neighbouring panels of a row-major matrix, `room` deep each:
+// to[(panel * room + k) * L + l] = x[offset + k * stride + panel * L + l], 0 from `columns` on.
 // Row by row, and rows ahead of their use: a row may lie in a page of its own.
 template <class T, int L>
-void pack_block(const Array& x, int64_t offset, int64_t stride, int64_t columns, int64_t depth,
-                T* __restrict to) {
+void pack_block(const Array& x, int64_t offset, int64_t stride, int64_t columns, int64_t panels,
+                int64_t depth, int64_t room, T* __restrict to) {
   constexpr int64_t ahead = 8;
   T scratch[L];
   for (int64_t k = 0; k < depth; ++k) {
     if (k + ahead < depth) prefetch(x, offset + (k + ahead) * stride, columns);
-    for (int64_t c0 = 0; c0 < columns; c0 += L) {
-      const int64_t run = smaller(L, columns - c0);
-      T* row = to + c0 * depth + k * L;
-      const T* from = widened<T>(x, offset + k * stride + c0, run, scratch);
+    for (int64_t panel = 0; panel < panels; ++panel) {
+      const int64_t run = larger(0, smaller(L, columns - panel * L));
+      T* row = to + (panel * room + k) * L;
+      const T* from = widened<T>(x, offset + k * stride + panel * L, run, scratch);
       if (run == L) {
         std::memcpy(row, from, L * sizeof(T));
       } else {

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+from importlib import import_module
+
 import numpy as np
 import pytest
 import torch
@@ -92,3 +94,77 @@ def test_bad_arguments():
 def test_registered_operator():
     args = factor(3).float(), factor(2).float(), torch.randn(4, 2, 3)
     torch.library.opcheck(torch.ops.deaddir.kron_quadratic.default, args)
+
+
+# --- the form by Cholesky factors -----------------------------------------------------------------
+
+module = import_module("deaddir_fast.ops.kron_quadratic")
+
+
+@pytest.fixture
+def always_factorise(monkeypatch):
+    monkeypatch.setattr(module, "_FACTORISATION", 0)
+    monkeypatch.setattr(module, "_CHECKS", 0)
+
+
+def definite(size, samples, dtype=torch.float64):
+    x = torch.randn(samples, size, dtype=torch.float64)
+    square = (x.mT @ x / max(1, samples)).to(dtype)
+    return (square + square.mT) / 2
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("shape", [(1, 1, 1), (3, 13, 37), (2, 60, 131), (0, 5, 4)])
+def test_values_by_cholesky_factors(always_factorise, shape, dtype):
+    _, o, i = shape
+    A, G = (definite(s, 4 * s).to(dtype) + torch.eye(s).to(dtype) / 4 for s in (i, o))
+    U = torch.randn(shape).to(dtype)
+    assert module.cholesky_factors(A, G, U) is not None
+    result = kron_quadratic(A, G, U)
+    a, g, u = map(to_numpy, (A, G, U))
+    expected = ((g @ u @ a) * u).sum((1, 2))
+    bound = 1e-12 if dtype == torch.float64 else 2e-5
+    assert np.abs(to_numpy(result) - expected).max(initial=0) <= bound * expected.max(initial=0)
+
+
+def test_factors_without_a_cholesky_factor_take_the_other_form(always_factorise):
+    U = torch.randn(2, 5, 7, dtype=torch.float64)
+    whole, other = definite(7, 30), definite(5, 30)
+    assert module.cholesky_factors(whole, other, U) is not None
+    dead = whole.clone()
+    dead[3], dead[:, 3] = 0, 0  # a unit that never fires
+    lopsided = whole.clone()
+    lopsided[0, 1] += 1e-9
+    nan = whole.clone()
+    nan[2, 2] = float("nan")
+    infinite = torch.diag(torch.full((7,), float("inf"), dtype=torch.float64))
+    for square in (dead, definite(7, 3), lopsided, nan, infinite):
+        assert module.cholesky_factors(square, other, U) is None
+    for square in (dead, definite(7, 3), lopsided):
+        expected = ((other @ U @ square.mT) * U).sum((1, 2))
+        assert_relative(kron_quadratic(square, other, U), expected, 1e-12)
+    assert kron_quadratic(nan, other, U).isnan().all()
+
+
+def test_a_sum_of_squares_keeps_the_digits_of_a_dying_direction(always_factorise, forced_route):
+    # the factor has an eigenvalue of 1e-12 along the direction: the form is that small, and in fp64
+    # a difference of products would leave four digits of it
+    q, _ = torch.linalg.qr(torch.randn(6, 6, dtype=torch.float64))
+    small = 2.0**-40
+    A = q @ torch.diag(torch.tensor([1, 1, 1, 1, 1, small]).double()) @ q.mT
+    A = (A + A.mT) / 2
+    U = q[:, 5].reshape(1, 1, 6)
+    G = torch.ones(1, 1, dtype=torch.float64)
+    error = abs(float(kron_quadratic(A, G, U)) / small - 1)
+    assert error <= 1e-3
+    assert float(kron_quadratic(A, G, U)) > 0
+    if forced_route == "cpu":
+        factor = torch.linalg.cholesky(A)
+        exact = (U[0] @ factor).square().sum()
+        assert abs(float(kron_quadratic(A, G, U)) / float(exact) - 1) <= 1e-12
+
+
+def test_a_factorisation_has_to_pay():
+    A, G = definite(60, 200), definite(50, 200)
+    assert module.cholesky_factors(A, G, torch.randn(1, 50, 60).double()) is None
+    assert module.cholesky_factors(A, G, torch.randn(200, 50, 60).double()) is not None
