@@ -46,7 +46,8 @@ class SampleSums {
 
 // sums[r] += tile[r, :] a[r, :] over the first `columns` of a tile.
 template <class T, int R>
-[[gnu::always_inline]] inline void add_products(const Tile<T, R>& tile, const T* a, int64_t columns, Vector<T>* sums) {
+[[gnu::always_inline]] inline void add_products(const Tile<T, R>& tile, const T* a, int64_t columns,
+                                                Vector<T>* sums) {
   constexpr int64_t L = kLanes<T>;
   if (columns == kWidth<T>) {
 #pragma GCC unroll 16
@@ -117,16 +118,17 @@ void factorised(const DirectionalCurvature& c, int threads, SampleSums& sums) {
              ++panel) {
           const int64_t s0 = panel * kRows;
           with_rows(here - s0, [&](auto count) {
-            Vector<T> products[count] = {};
+            constexpr int R = decltype(count)::value;
+            Vector<T> products[R] = {};
             for (int64_t w = 0; w < columns; w += W) {
               const T* a = a_pack.get() + s0 * i_wide + (c0 + w) * kRows;
-              prefetch(a, count * W);
-              multiply<T, count>(g_pack.get() + s0 * o + k0 * kRows, u + w * depth, depth,
-                                 [&](const Tile<T, count>& tile) {
-                                   add_products<T, count>(tile, a, smaller(W, columns - w), products);
-                                 });
+              prefetch(a, R * W);
+              multiply<T, R>(g_pack.get() + s0 * o + k0 * kRows, u + w * depth, depth,
+                             [&](const Tile<T, R>& tile) {
+                               add_products<T, R>(tile, a, smaller(W, columns - w), products);
+                             });
             }
-            for (int r = 0; r < count; ++r) q[s0 + r] = sum_lanes<T>(products[r]);
+            for (int r = 0; r < R; ++r) q[s0 + r] = sum_lanes<T>(products[r]);
           });
         }
       });
@@ -227,15 +229,16 @@ class Contraction {
     for (int64_t w = 0; w < kTileColumns<T>; w += W)
       for (int64_t t0 = 0; t0 < count; t0 += kDepth)
         with_rows(c_.o - r0, [&](auto rows) {
-          multiply<T, rows>(g + t0 * kRows, a + w * tokens_ + t0 * W, smaller(kDepth, count - t0),
-                            [&](const Tile<T, rows>& tile) {
+          constexpr int R = decltype(rows)::value;
+          multiply<T, R>(g + t0 * kRows, a + w * tokens_ + t0 * W, smaller(kDepth, count - t0),
+                         [&](const Tile<T, R>& tile) {
 #pragma GCC unroll 16
-                              for (int r = 0; r < rows; ++r)
-                                for (int v = 0; v < 2; ++v) {
-                                  T* at = to + r * kTileColumns<T> + w + v * kLanes<T>;
-                                  store(at, t0 == 0 ? tile[r][v] : load(at) + tile[r][v]);
-                                }
-                            });
+                           for (int r = 0; r < R; ++r)
+                             for (int v = 0; v < 2; ++v) {
+                               T* at = to + r * kTileColumns<T> + w + v * kLanes<T>;
+                               store(at, t0 == 0 ? tile[r][v] : load(at) + tile[r][v]);
+                             }
+                         });
         });
     // Padding must be an exact zero: it is 0 * inf = NaN where g is not finite.
     if (c0 + kTileColumns<T> > c_.i)

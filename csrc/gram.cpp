@@ -48,12 +48,13 @@ void update(T& to, T v, T alpha, T beta) {
 
 // The tile at (r0, c0), as far as it lies in the lower triangle of an i x i matrix.
 template <class T>
-void write(const Tile<T, kTileRows, kTileVectors>& tile, int64_t r0, int64_t c0, int64_t i, T alpha,
+[[gnu::always_inline]] inline void write(const Tile<T, kTileRows, kTileVectors>& tile, int64_t r0, int64_t c0, int64_t i, T alpha,
            T beta, const Triangle<T>& out) {
   const int64_t rows = smaller(kTileRows, i - r0);
   if (c0 + kTileColumns<T> <= r0 + 1) {
-    for (int64_t r = 0; r < rows; ++r)
-      for (int v = 0; v < kTileVectors; ++v) {
+#pragma GCC unroll 16
+    for (int r = 0; r < kTileRows; ++r)
+      for (int v = 0; v < kTileVectors && r < rows; ++v) {
         T* to = out.row(r0 + r) + c0 + v * kLanes<T>;
         const Vector<T> scaled = alpha * tile[r][v];
         store(to, beta == 0 ? scaled : beta * load(to) + scaled);

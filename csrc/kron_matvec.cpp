@@ -8,11 +8,12 @@ namespace {
 constexpr double kSerialFlops = 2e6;  // below this a second thread costs more than it gives
 
 template <class T, int R>
-void write(const Tile<T, R>& tile, int64_t rows, int64_t columns, int64_t stride,
+[[gnu::always_inline]] inline void write(const Tile<T, R>& tile, int64_t rows, int64_t columns, int64_t stride,
            const T* denominator, T* to) {
   if (columns >= kWidth<T>) {
-    for (int64_t r = 0; r < rows; ++r)
-      for (int v = 0; v < 2; ++v) {
+#pragma GCC unroll 16
+    for (int r = 0; r < R; ++r)
+      for (int v = 0; v < 2 && r < rows; ++v) {
         const int64_t at = r * stride + v * kLanes<T>;
         store(to + at, denominator ? tile[r][v] / load(denominator + at) : tile[r][v]);
       }

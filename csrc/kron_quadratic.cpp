@@ -19,11 +19,13 @@ template <class T, int R>
 
 // sums += the rows of a tile times those of U, which start at `offset`.
 template <class T, int R>
-void add_products(const Tile<T, R>& tile, int64_t rows, const Array& U, int64_t offset,
+[[gnu::always_inline]] inline void add_products(const Tile<T, R>& tile, int64_t rows, const Array& U, int64_t offset,
                   int64_t stride, int64_t columns, Vector<T>* sums) {
   constexpr int64_t W = kWidth<T>;
   T padded[W] = {};
-  for (int64_t r = 0; r < smaller(R, rows); ++r) {
+#pragma GCC unroll 16
+  for (int r = 0; r < R; ++r) {
+    if (r >= rows) continue;
     const T* u = widened<T>(U, offset + r * stride, smaller(W, columns), padded);
     if (columns < W && u != padded) {
       std::memcpy(padded, u, static_cast<size_t>(columns) * sizeof(T));

@@ -37,20 +37,21 @@ void run(const KronQuadraticRank1& c) {
     pack_block<T, W>(c.A, k0 * i + c0, i, columns, ceil_div(columns, W), depth, depth, packed);
     for (int64_t p0 = 0; p0 < c.p; p0 += kRows)
       with_rows(c.p - p0, [&](auto count) {
-        Vector<T> sums[count] = {};
+        constexpr int R = decltype(count)::value;
+        Vector<T> sums[R] = {};
         for (int64_t w = 0; w < columns; w += W)
-          multiply<T, count>(
+          multiply<T, R>(
               rows.get() + p0 * i + k0 * kRows, packed + w * depth, depth,
-              [&](const Tile<T, count>& tile) {
+              [&](const Tile<T, R>& tile) {
 #pragma GCC unroll 16
-                for (int r = 0; r < count; ++r)
+                for (int r = 0; r < R; ++r)
                   for (int v = 0; v < 2; ++v) {
                     const int64_t at = c0 + w + v * kLanes<T>;
                     const Vector<T> term = tile[r][v] * load(plain.get() + (p0 + r) * wide + at);
                     sums[r] += w + W <= columns ? term : first_lanes<T>(term, i - at);
                   }
               });
-        for (int r = 0; r < count; ++r)
+        for (int r = 0; r < R; ++r)
           partial.get()[unit * p_wide + p0 + r] = sum_lanes<T>(sums[r]);
       });
   });

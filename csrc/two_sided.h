@@ -33,7 +33,7 @@ class TwoSidedProduct {
         left_(o_wide_ * c.o),
         right_(round_up(c.i, W) * c.i),
         u_(pass_ * o_wide_ * c.i),
-        v_(c.threads * kBlockColumns * c.o) {
+        v_(c.threads * kBlockColumns * o_wide_) {
     parallel_units(o_wide_ / kRows, c.threads, [&](int64_t panel, int) { pack_left(panel); });
     parallel_units(ceil_div(c.i, W), c.threads, [&](int64_t panel, int) { pack_right(panel); });
   }
@@ -54,7 +54,7 @@ class TwoSidedProduct {
       });
       parallel_units(here * blocks(), c_.threads, [&](int64_t unit, int thread) {
         const int64_t p = unit / blocks(), block = unit % blocks();
-        T* v = v_.get() + thread * kBlockColumns * c_.o;
+        T* v = v_.get() + thread * kBlockColumns * o_wide_;
         first(u_.get() + p * o_wide_ * c_.i, block * kBlockColumns, v);
         done(p0 + p, block, [&](auto&& consumer) { second(block * kBlockColumns, v, consumer); });
       });
@@ -93,18 +93,19 @@ class TwoSidedProduct {
         for (int64_t c0 = c_begin; c0 < c_end; c0 += W) {
           const int64_t k0 = c_.triangular ? larger(d0, c0) : d0;
           const int64_t depth = smaller(i, d0 + kDepth) - k0;
-          T* to = v + (c0 - c_begin) * o + r0 * W;
+          T* to = v + (c0 - c_begin) * o_wide_ + r0 * W;
           const bool add = d0 > begin;
           with_rows(o - r0, [&](auto rows) {
-            multiply<T, rows>(u + r0 * i + k0 * kRows, right_.get() + c0 * i + k0 * W, depth,
-                              [&](const Tile<T, rows>& tile) {
-                                const int64_t count = smaller(rows, o - r0);
-                                for (int64_t r = 0; r < count; ++r)
-                                  for (int h = 0; h < 2; ++h) {
-                                    T* at = to + r * W + h * kLanes<T>;
-                                    store(at, add ? load(at) + tile[r][h] : tile[r][h]);
-                                  }
-                              });
+            constexpr int R = decltype(rows)::value;
+            multiply<T, R>(u + r0 * i + k0 * kRows, right_.get() + c0 * i + k0 * W, depth,
+                           [&](const Tile<T, R>& tile) {
+#pragma GCC unroll 16
+                             for (int r = 0; r < R; ++r)
+                               for (int h = 0; h < 2; ++h) {
+                                 T* at = to + r * W + h * kLanes<T>;
+                                 store(at, add ? load(at) + tile[r][h] : tile[r][h]);
+                               }
+                           });
           });
         }
   }
@@ -115,13 +116,12 @@ class TwoSidedProduct {
     const int64_t o = c_.o, c_end = smaller(c_.i, c_begin + kBlockColumns);
     for (int64_t r0 = 0; r0 < o; r0 += kRows)
       for (int64_t c0 = c_begin; c0 < c_end; c0 += W) {
-        const T* panel = v + (c0 - c_begin) * o;
+        const T* panel = v + (c0 - c_begin) * o_wide_;
         const int64_t k0 = c_.triangular ? r0 : 0;
         with_rows(o - r0, [&](auto rows) {
-          multiply<T, rows>(left_.get() + r0 * o + k0 * kRows, panel + k0 * W, o - k0,
-                            [&](const Tile<T, rows>& tile) {
-                              consumer(tile, rows, r0, c0);
-                            });
+          constexpr int R = decltype(rows)::value;
+          multiply<T, R>(left_.get() + r0 * o + k0 * kRows, panel + k0 * W, o - k0,
+                         [&](const Tile<T, R>& tile) { consumer(tile, rows, r0, c0); });
         });
       }
   }
