@@ -2,7 +2,12 @@
 
 from deaddir_fast.ops._cpu.curvature import directional_curvature, directional_curvature_rank1
 from deaddir_fast.ops._cpu.gram import gram, gram_, gram_packed, gram_packed_
-from deaddir_fast.ops._cpu.kron import kron_matvec, kron_quadratic, kron_quadratic_rank1
+from deaddir_fast.ops._cpu.kron import (
+    kron_matvec,
+    kron_quadratic,
+    kron_quadratic_rank1,
+    kron_solve,
+)
 
 __all__ = [
     "directional_curvature",
@@ -14,4 +19,5 @@ __all__ = [
     "kron_matvec",
     "kron_quadratic",
     "kron_quadratic_rank1",
+    "kron_solve",
 ]

@@ -5,9 +5,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from deaddir_fast.ops._blocks import accumulation
+from deaddir_fast.ops._blocks import accumulation, blocks
 from deaddir_fast.ops._cpu._launch import extension, kernel
 from deaddir_fast.ops.kron_quadratic import cholesky_factors
+from deaddir_fast.ops.kron_solve import eigenproblem
 
 
 def _product(
@@ -35,6 +36,19 @@ def _product(
 
 def _kron_matvec(A: Tensor, G: Tensor, U: Tensor) -> Tensor:
     return _product(G, A, U)
+
+
+def _kron_solve(A: Tensor, G: Tensor, U: Tensor, damping: float) -> Tensor:
+    result = accumulation(A, G, U)
+    if U.numel() == 0:
+        return torch.empty(U.shape, dtype=result)
+    P, Q, denominator = eigenproblem(A, G, U, damping)
+    p, o, i = U.shape
+    parts = []
+    for some in blocks(p, 3 * o * i * torch.float64.itemsize):
+        rotated = _product(Q, P, U[some], left_transposed=True, denominator=denominator)
+        parts.append(_product(Q, P, rotated, right_transposed=True).to(result))
+    return parts[0] if len(parts) == 1 else torch.cat(parts)
 
 
 def _kron_quadratic(A: Tensor, G: Tensor, U: Tensor) -> Tensor:
@@ -66,5 +80,6 @@ def _kron_quadratic_rank1(A: Tensor, G: Tensor, v: Tensor, w: Tensor) -> Tensor:
 
 
 kron_matvec = kernel(_kron_matvec)
+kron_solve = kernel(_kron_solve)
 kron_quadratic = kernel(_kron_quadratic)
 kron_quadratic_rank1 = kernel(_kron_quadratic_rank1)
