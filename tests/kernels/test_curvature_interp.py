@@ -21,9 +21,9 @@ DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
 SHAPES = [
     (1, None, 1, 1, 1),
     (7, None, 5, 3, 4),
-    (33, None, 17, 37, 3),
+    (18, None, 17, 33, 2),
     (7, 1, 16, 16, 2),
-    (5, 19, 6, 35, 3),
+    (5, 19, 6, 20, 3),
     (4, 2, 33, 2, 1),
     (2, 3, 1, 40, 5),
 ]
@@ -72,22 +72,15 @@ def assert_close(result, args, truth):
 @pytest.mark.parametrize("shape", SHAPES)
 def test_values(shape, dtype, config):
     args = make(*shape, dtype)
-    before = [x.clone() for x in args]
-    result = full.directional_curvature(*args, config=config)
-    assert_close(result, args, truth)
-    assert torch.equal(result, full.directional_curvature(*args, config=config))
-    assert all(torch.equal(x, y) for x, y in zip(args, before, strict=True))
+    assert_close(full.directional_curvature(*args, config=config), args, truth)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("shape", [*SHAPES, (3, 40, 5, 4, 18), (9, 5, 3, 17, 2)])
 def test_values_of_rank_one(shape, dtype):
     args = make_rank1(*shape, dtype)
-    before = [x.clone() for x in args]
     result = rank1.directional_curvature_rank1(*args, config=TINY_RANK1)
     assert_close(result, args, truth_rank1)
-    assert torch.equal(result, rank1.directional_curvature_rank1(*args, config=TINY_RANK1))
-    assert all(torch.equal(x, y) for x, y in zip(args, before, strict=True))
 
 
 @pytest.mark.parametrize("shape", EMPTY)
@@ -154,7 +147,7 @@ def test_bf16_operands_of_rank_one_as_the_matrix_units_take_them():
 
 @forms
 def test_precision_is_obeyed(config):
-    args = make(20, 3, 30, 30, 3)
+    args = make(10, 3, 17, 17, 2)
     expected = truth(*args)
     exact = full.directional_curvature(*args, config=config)
     rounded = full.directional_curvature(*args, config=config, precision="tf32")
@@ -174,6 +167,7 @@ def test_precision_of_rank_one_is_obeyed():
 
 
 @forms
+@pytest.mark.filterwarnings("ignore:invalid value")
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
 def test_what_is_not_finite_stays_where_it_belongs(config, bad):
     # positive numbers: an infinity gives an infinity, and NaN only where a padded 0 meets it
@@ -184,6 +178,7 @@ def test_what_is_not_finite_stays_where_it_belongs(config, bad):
         assert_rms(full.directional_curvature(*some, config=config), truth(*some), 1e-6)
 
 
+@pytest.mark.filterwarnings("ignore:invalid value")
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
 @pytest.mark.parametrize("t", [1, 5, 19])
 def test_what_is_not_finite_stays_where_it_belongs_in_rank_one(bad, t):
@@ -218,16 +213,30 @@ def test_strides_and_mixed_types_of_rank_one():
     assert_close(rank1.directional_curvature_rank1(*args, config=TINY_RANK1), args, truth_rank1)
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_runs_are_equal_and_inputs_untouched(dtype):
+    args, args1 = make(5, 3, 17, 4, 2, dtype), make_rank1(5, 3, 17, 4, 2, dtype)
+    runs = [lambda c=c: full.directional_curvature(*args, config=c) for c in TINY]
+    runs.append(lambda: rank1.directional_curvature_rank1(*args1, config=TINY_RANK1))
+    before = [x.clone() for x in (*args, *args1)]
+    for run in runs:
+        assert torch.equal(run(), run())
+    assert all(torch.equal(x, y) for x, y in zip((*args, *args1), before, strict=True))
+
+
 @forms
 def test_blocks(config):
-    args = make(11, 3, 20, 18, 5, torch.float64)
+    args = make(6, 2, 17, 4, 3, torch.float64)
     whole = full.directional_curvature(*args, config=config)
-    for workspace in (1, 300, 1500):
+    for workspace in (1, 100):
         pieces = full.directional_curvature(*args, config=config, workspace=workspace)
         assert_relative(pieces, whole, 1e-14)
-    args = make_rank1(11, 3, 20, 18, 5, torch.float64)
+
+
+def test_blocks_of_rank_one():
+    args = make_rank1(6, 3, 20, 18, 3, torch.float64)
     whole = rank1.directional_curvature_rank1(*args, config=TINY_RANK1)
-    for workspace in (1, 300):
+    for workspace in (1, 50):
         pieces = rank1.directional_curvature_rank1(*args, config=TINY_RANK1, workspace=workspace)
         assert_relative(pieces, whole, 1e-14)
 
