@@ -235,7 +235,7 @@ CONFIGS: dict[torch.dtype, tuple[Config, ...]] = {
     **{
         half: (
             Config("factorised", 128, 128, 64, 8, 3),
-            Config("factorised", 64, 64, 64, 4, 3),
+            Config("factorised", 64, 64, 64, 8, 3),
             Config("contracted", 64, 128, 64, 8, 3),
             Config("contracted", 64, 64, 32, 4, 3),
         )
@@ -270,11 +270,10 @@ def candidates(dtype: torch.dtype, form: str) -> tuple[Config, ...]:
 
 
 def shared_bytes(config: Config, dtype: torch.dtype) -> int:
-    """Shared memory in bytes of the pipeline: slabs of both operands, then tiles of U."""
+    """Shared memory in bytes: slabs of both operands in each stage, then tiles of a or of U."""
     slabs = config.stages * (config.height + config.width) * config.depth * dtype.itemsize
-    if config.form == "factorised":
-        return slabs
-    return max(slabs, (config.stages - 1) * config.height * config.width * dtype.itemsize)
+    tile = config.height * config.width * dtype.itemsize
+    return max(slabs, tile if config.form == "factorised" else (config.stages - 1) * tile)
 
 
 def prune(configs: Sequence[Config], dtype: torch.dtype, shared_limit: int) -> list[Config]:
@@ -325,9 +324,19 @@ def worthwhile(a: Tensor, g: Tensor, U: Tensor) -> bool:
     For 16-bit operands of one type the reference multiplies widened copies without matrix units;
     in fp32 and fp64 it has the vendor's products, which no published figure says we beat.
     """
-    if not a.dtype == g.dtype == U.dtype or a.dtype.itemsize != 2:
+    if not vector_loads(a, g, U):
         return False
     return a.numel() * U.shape[0] * U.shape[1] >= WORTHWHILE_PRODUCTS
+
+
+def vector_loads(*tensors: Tensor) -> bool:
+    """Whether all are 16-bit, of one type, in rows that can be loaded sixteen elements at a time.
+
+    Other rows are read element by element, through registers that the contracted form lacks.
+    """
+    types = {x.dtype for x in tensors}
+    sizes = [k for x in tensors for k in (x.shape[-1], *x.stride()[:-1])]
+    return types in ({torch.bfloat16}, {torch.float16}) and all(k % 16 == 0 for k in sizes)
 
 
 # --- launcher -------------------------------------------------------------------------------------

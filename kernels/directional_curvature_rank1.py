@@ -31,6 +31,7 @@ from deaddir_fast.kernels.directional_curvature import (
     mean_square,
     rows_of,
     same_type,
+    vector_loads,
 )
 from deaddir_fast.kernels.gram import _device_limits
 from deaddir_fast.ops._blocks import accumulation
@@ -149,8 +150,8 @@ class Config:
 CONFIGS: dict[torch.dtype, tuple[Config, ...]] = {
     torch.bfloat16: (Config(64, 64, 64, 8, 3), Config(64, 16, 64, 4, 4)),
     torch.float16: (Config(64, 64, 64, 8, 3), Config(64, 16, 64, 4, 4)),
-    torch.float32: (Config(64, 64, 16, 4, 3), Config(64, 16, 32, 4, 3)),
-    torch.float64: (Config(64, 32, 16, 4, 3), Config(64, 16, 16, 8, 3)),
+    torch.float32: (Config(64, 64, 16, 4, 3), Config(64, 16, 32, 8, 3)),
+    torch.float64: (Config(64, 32, 16, 8, 3), Config(64, 16, 16, 8, 3)),
 }
 
 #: Tokens of one sample in a tile.
@@ -189,7 +190,7 @@ def worthwhile(a: Tensor, g: Tensor, v: Tensor, w: Tensor) -> bool:
 
     For 16-bit operands of one type the reference writes and reads widened copies.
     """
-    if not a.dtype == g.dtype == v.dtype == w.dtype or a.dtype.itemsize != 2:
+    if not vector_loads(a, g, v, w):
         return False
     return a.shape[:-1].numel() >= WORTHWHILE_ROWS and min(a.shape[-1], g.shape[-1]) >= 64
 

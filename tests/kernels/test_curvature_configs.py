@@ -54,6 +54,8 @@ def test_shared_memory_is_that_of_the_pipeline():
     assert full.shared_bytes(contracted, HALF) == 3 * (64 * 64 + 64 * 128) * 2
     (single,) = full.candidates(torch.float32, "contracted")
     assert full.shared_bytes(single, torch.float32) == 2 * 64 * 64 * 4  # tiles of U
+    wide, _ = full.candidates(torch.float32, "factorised")
+    assert full.shared_bytes(wide, torch.float32) == 128 * 128 * 4  # a tile of a
     assert rank1.shared_bytes(rank1.CONFIGS[HALF][0], HALF) == 3 * (64 * 64 + 64 * 64) * 2
 
 
@@ -136,6 +138,9 @@ def test_small_or_wide_problems_are_left_to_the_reference():
     assert not full.worthwhile(a, g, U.float())
     assert not full.worthwhile(a.float(), g.float(), U.float())
     assert not full.worthwhile(a[:1], g[:1], U)
+    assert full.worthwhile(a[:, 16:], g, U[:, :, 16:])
+    assert not full.worthwhile(a[:, 1:], g, U[:, :, 1:])
+    assert not full.worthwhile(meta(4096, 1025)[:, 1:], g, U)
     v = w = meta(8, 1024)
     tokens = meta(64, 512, 1024)
     assert rank1.worthwhile(tokens, tokens, v, w)
