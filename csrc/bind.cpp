@@ -75,6 +75,7 @@ NB_MODULE(_C, m) {
   m.doc() = "C++ CPU kernels of deaddir_fast. Arguments are contiguous CPU tensors.";
   ddf::bind_curvature(m);
   ddf::bind_gram(m);
+  ddf::bind_softmax(m);
   m.def("build_info", &ddf::build_info,
         "Version, compiler, instruction sets (in use and usable here), OpenMP version or None,\n"
         "and the thread count OpenMP would choose.");

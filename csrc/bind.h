@@ -36,5 +36,6 @@ inline void expect_type(const TensorView& x, const char* name, bool fp64) {
 // Each family of operations adds its functions to the module.
 void bind_curvature(nanobind::module_& m);
 void bind_gram(nanobind::module_& m);
+void bind_softmax(nanobind::module_& m);
 
 }  // namespace ddf

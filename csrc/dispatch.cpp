@@ -3,6 +3,9 @@
 #include "fma_peak.h"
 #include "gram.h"
 #include "isa.h"
+#include "linear_softmax_fisher.h"
+#include "softmax_fisher.h"
+#include "softmax_kl.h"
 
 #ifdef DDF_HAVE_AVX512
 #define DDF_CASE_AVX512(name) \
@@ -33,5 +36,8 @@ namespace ddf {
 DDF_DISPATCH(directional_curvature, DirectionalCurvature)
 DDF_DISPATCH(fma_peak, FmaPeak)
 DDF_DISPATCH(gram, Gram)
+DDF_DISPATCH(linear_softmax_fisher, LinearSoftmaxFisher)
+DDF_DISPATCH(softmax_fisher, SoftmaxFisher)
+DDF_DISPATCH(softmax_kl, SoftmaxKl)
 
 }  // namespace ddf
