@@ -2,7 +2,7 @@
 
 #include "online_softmax.h"
 #include "parallel.h"
-#include "sweep.h"
+#include "softmax_weights.h"
 
 namespace ddf::DDF_ISA {
 namespace {
@@ -16,51 +16,9 @@ constexpr double kSerialElements = 1 << 17;  // below this a second thread costs
 template <class T>
 constexpr int64_t kChunk = kChunkBytes / static_cast<int64_t>(sizeof(T));
 
-struct Part : Mass<double> {
-  int64_t likeliest;
-};
-
-// weight = e^(z - top) for one chunk.
-template <class T>
-Part weigh(const T* __restrict z, int64_t count, T* __restrict weight) {
-  constexpr T inf = std::numeric_limits<T>::infinity();
-  constexpr int U = 2;
-  Vector<T> best[U];
-  Vector<Lane<T>> at[U] = {};
-  for (int u = 0; u < U; ++u) best[u] = Vector<T>{} - inf;
-  sweep<T, U>(count, [&](int64_t k, int u, auto lanes) {
-    const Vector<T> v = keep_lanes<T>(load_lanes<T>(z + k, lanes), lanes, -inf);
-    const auto above = v > best[u];  // never where v is NaN: that shows in the weights
-    best[u] = above ? v : best[u];
-    at[u] = above ? Vector<Lane<T>>{} + static_cast<Lane<T>>(k) : at[u];
-  });
-  T top = -inf;
-  int64_t likeliest = 0;
-  for (int u = 0; u < U; ++u)
-    for (int l = 0; l < kLanes<T>; ++l)
-      if (best[u][l] > top) {
-        top = best[u][l];
-        likeliest = at[u][l] + l;
-      }
-
-  const T finite = top == -inf ? T(0) : top;
-  Vector<T> mass[U] = {};
-  sweep<T, U>(count, [&](int64_t k, int u, auto lanes) {
-    const Vector<T> e = exponential<T>(load_lanes<T>(z + k, lanes) - finite).value;
-    const Vector<T> w = keep_lanes<T>(e, lanes);
-    store(weight + k, w);
-    mass[u] += w;
-  });
-  Part part;
-  part.top = static_cast<double>(top);
-  part.mass = sum_all<T, U>(mass);
-  part.likeliest = likeliest;
-  return part;
-}
-
 template <class T>
 Moments<double> moments(const T* __restrict weight, const T* __restrict x, int64_t count,
-                        const Part& part, Ahead next) {
+                        const Weights<T>& part, Ahead next) {
   constexpr int U = 4;
   const double mass = nonzero<double>(part.mass);
   const T anchor = x[part.likeliest];
@@ -119,8 +77,9 @@ void run(const SoftmaxFisher& c) {
       for (int64_t k = cut(chunks, parts, part); k < cut(chunks, parts, part + 1); ++k) {
         const int64_t c0 = k * kChunk<T>, count = smaller(kChunk<T>, c.c - c0);
         const auto at = [&](int64_t p) { return (p * c.n + s) * c.c + c0; };
-        const Part here = weigh<T>(widened<T>(c.logits, s * c.c + c0, count, wide_z), count, weight);
-        const Join<double> join(all, here);
+        const T* z = widened<T>(c.logits, s * c.c + c0, count, wide_z);
+        const Weights<T> here = weigh<T>(z, count, weight);
+        const Join<double> join(all, {static_cast<double>(here.top), here.mass});
         for (int64_t p = p0; p < p1; ++p) {
           // Of the next direction the same chunk, of the first one the next chunk.
           const int64_t next = p + 1 < p1 ? at(p + 1) : at(p0) + count;

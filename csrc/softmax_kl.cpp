@@ -1,61 +1,31 @@
 #include "softmax_kl.h"
 
 #include <cmath>
-#include <limits>
 
-#include "exp.h"
 #include "parallel.h"
-#include "sweep.h"
+#include "softmax_weights.h"
 
 namespace ddf::DDF_ISA {
 namespace {
 
-constexpr int64_t kRun = 2048;              // classes summed in T before fp64 takes over
-constexpr int64_t kUnits = 32;              // units of work aimed at, so that threads stay busy
+constexpr int64_t kUnits = 16;              // units of work aimed at, so that threads stay busy
 constexpr int64_t kUnitElements = 1 << 15;  // of several samples with few classes in one unit
 constexpr double kSerialElements = 1 << 16;  // below this a second thread costs more than it gives
 constexpr double kFar = 3e19;               // about e^45: a sum above it may be about to overflow
+constexpr double kNear = 0.34;              // below (ln 2) / 2: e^y - 1 - y is one polynomial
 
 template <class T>
-constexpr T kInf = std::numeric_limits<T>::infinity();
-
-// One row of logits: z, its weights e^(z - top) and their sum.
-template <class T>
-struct Base {
-  const T* z;
-  const T* weight;
-  T top;
-  double mass;
-  int64_t likeliest;
+struct Range {
+  T low, high;
 };
 
+// One row of logits with its weights, and room for the range of the moves of each run of classes.
 template <class T>
-Base<T> weigh(const T* z, int64_t count, T* __restrict weight) {
-  constexpr int U = 4;
-  Vector<T> best[U];
-  for (int u = 0; u < U; ++u) best[u] = Vector<T>{} - kInf<T>;
-  sweep<T, U>(count, [&](int64_t k, int u, auto lanes) {
-    const Vector<T> v = keep_lanes<T>(load_lanes<T>(z + k, lanes), lanes, -kInf<T>);
-    best[u] = v > best[u] ? v : best[u];  // passes over NaN: that shows in the weights
-  });
-  Base<T> base{z, weight, -kInf<T>, 0, 0};
-  for (int u = 0; u < U; ++u)
-    for (int l = 0; l < kLanes<T>; ++l)
-      if (best[u][l] > base.top) base.top = best[u][l];
-  while (base.likeliest + 1 < count && z[base.likeliest] != base.top) ++base.likeliest;
-
-  for (int64_t k0 = 0; k0 < count; k0 += kRun) {
-    Vector<T> mass[U] = {};
-    sweep<T, U>(smaller(kRun, count - k0), [&](int64_t k, int u, auto lanes) {
-      const Vector<T> e = exponential<T>(load_lanes<T>(z + k0 + k, lanes) - base.top).value;
-      const Vector<T> w = keep_lanes<T>(e, lanes);
-      store(weight + k0 + k, w);
-      mass[u] += w;
-    });
-    base.mass += sum_all<T, U>(mass);
-  }
-  return base;
-}
+struct Base : Weights<T> {
+  const T* z;
+  const T* weight;
+  Range<T>* ranges;
+};
 
 // The move of one class relative to anchor and mean, and where e^y would overflow or p is 0, what to
 // take the exponential of instead. Masked: logits of -inf are possible and an absent class counts
@@ -88,20 +58,38 @@ struct Row {
   }
 };
 
-// E_p[delta], relative to the likeliest class. Not finite where a logit is not.
+// E_p[delta], relative to the likeliest class. Not finite where a logit is not. Where all are finite
+// (not Masked) the ranges are found too.
 template <class T, bool Masked>
 double mean_of(const Base<T>& base, const Row<T>& row, T anchor) {
   constexpr int U = 4;
   double total = 0;
   for (int64_t k0 = 0; k0 < row.c.c; k0 += kRun) {
     const T *moved = row.run(k0), *z = base.z + k0, *weight = base.weight + k0;
-    Vector<T> sum[U] = {};
+    Vector<T> sum[U] = {}, low[U], high[U];
+    for (int u = 0; u < U; ++u) {
+      low[u] = Vector<T>{} + kInf<T>;
+      high[u] = Vector<T>{} - kInf<T>;
+    }
     sweep<T, U>(smaller(kRun, row.c.c - k0), [&](int64_t k, int u, auto lanes) {
       const Move<T, Masked> move(load_lanes<T>(z + k, lanes), load_lanes<T>(moved + k, lanes),
                                  base.top, anchor, T(0));
       sum[u] += load(weight + k) * move.y;
+      if constexpr (!Masked) {
+        low[u] = smaller_of<T>(keep_lanes<T>(move.y, lanes, kInf<T>), low[u]);
+        high[u] = larger_of<T>(keep_lanes<T>(move.y, lanes, -kInf<T>), high[u]);
+      }
     });
     total += sum_all<T, U>(sum);
+    if constexpr (!Masked) {
+      Range<T> range{kInf<T>, -kInf<T>};
+      for (int u = 0; u < U; ++u)
+        for (int l = 0; l < kLanes<T>; ++l) {
+          if (low[u][l] < range.low) range.low = low[u][l];
+          if (high[u][l] > range.high) range.high = high[u][l];
+        }
+      base.ranges[k0 / kRun] = range;
+    }
   }
   return total / base.mass;
 }
@@ -122,7 +110,7 @@ double far_log(const Base<T>& base, const Row<T>& row, T anchor, T mean) {
       });
     }
   };
-  each([&](Vector<T> exponent, int u) { top[u] = exponent > top[u] ? exponent : top[u]; });
+  each([&](Vector<T> exponent, int u) { top[u] = larger_of<T>(exponent, top[u]); });
   T most = -kInf<T>;
   for (int u = 0; u < U; ++u)
     for (int l = 0; l < kLanes<T>; ++l) most = top[u][l] > most ? top[u][l] : most;
@@ -136,27 +124,40 @@ double far_log(const Base<T>& base, const Row<T>& row, T anchor, T mean) {
 
 template <class T, bool Masked>
 double divergence(const Base<T>& base, const Row<T>& row, T anchor, T mean, Ahead next) {
-  constexpr int U = 2;
+  constexpr int U = 1;
   double excess = 0, rest = 0;
   Vector<Lane<T>> lost = {};
   for (int64_t k0 = 0; k0 < row.c.c; k0 += kRun) {
     const T *moved = row.run(k0), *z = base.z + k0, *weight = base.weight + k0;
+    const int64_t count = smaller(kRun, row.c.c - k0);
     Vector<T> sum[U] = {}, left[U] = {};
-    sweep<T, U>(smaller(kRun, row.c.c - k0), [&](int64_t k, int u, auto lanes) {
-      __builtin_prefetch(next.from + (k0 + k) * next.size, 0, 2);
-      const Vector<T> from = load_lanes<T>(z + k, lanes), to = load_lanes<T>(moved + k, lanes);
-      const Move<T, Masked> move(from, to, base.top, anchor, mean);
-      const Vector<T> w = load(weight + k);
-      auto large = move.y > T(1);
-      if constexpr (Masked) {
-        large |= move.absent;
-        lost |= (to == -kInf<T>) & ~move.absent;
-      }
-      const Exponential<T> e = exponential<T>(large ? move.exponent : move.y);
-      Vector<T> term = large ? e.value - w * (move.y + T(1)) : w * e.excess;
-      sum[u] += keep_lanes<T>(term, lanes);
-      left[u] += w * move.y;
-    });
+    if (!Masked && base.ranges[k0 / kRun].low - mean > -kNear &&
+        base.ranges[k0 / kRun].high - mean < kNear) {  // the same values as below
+      sweep<T, U>(count, [&](int64_t k, int u, auto lanes) {
+        __builtin_prefetch(next.from + (k0 + k) * next.size, 0, 2);
+        const Move<T, Masked> move(load_lanes<T>(z + k, lanes), load_lanes<T>(moved + k, lanes),
+                                   base.top, anchor, mean);
+        const Vector<T> w = load(weight + k);  // 0 where a lane does not count
+        sum[u] += w * small_excess<T>(move.y);
+        left[u] += w * move.y;
+      });
+    } else {
+      sweep<T, U>(count, [&](int64_t k, int u, auto lanes) {
+        __builtin_prefetch(next.from + (k0 + k) * next.size, 0, 2);
+        const Vector<T> from = load_lanes<T>(z + k, lanes), to = load_lanes<T>(moved + k, lanes);
+        const Move<T, Masked> move(from, to, base.top, anchor, mean);
+        const Vector<T> w = load(weight + k);
+        auto large = move.y > T(1);
+        if constexpr (Masked) {
+          large |= move.absent;
+          lost |= (to == -kInf<T>) & ~move.absent;
+        }
+        const Exponential<T> e = exponential<T>(large ? move.exponent : move.y);
+        Vector<T> term = large ? e.value - w * (move.y + T(1)) : w * e.excess;
+        sum[u] += keep_lanes<T>(term, lanes);
+        left[u] += w * move.y;
+      });
+    }
     excess += sum_all<T, U>(sum);
     rest += sum_all<T, U>(left);
   }
@@ -203,8 +204,9 @@ void run(const SoftmaxKl& c) {
   const int threads = static_cast<double>(c.n * elements) < kSerialElements ? 1 : c.threads;
   const int64_t wide = round_up(c.c, kLanes<T>);
   const bool widen = c.logits.type != own;
-  const int64_t size = wide + kRun + (widen ? wide : 0);
+  const int64_t size = wide + kRun + (widen ? wide : 0), runs = ceil_div(c.c, kRun);
   Buffer<T> scratch(threads * size);
+  Buffer<Range<T>> ranges(threads * runs);
   T* out = static_cast<T*>(c.out);
 
   parallel_units(ceil_div(c.n, together) * groups, threads, [&](int64_t unit, int thread) {
@@ -215,7 +217,7 @@ void run(const SoftmaxKl& c) {
     T* run = weight + wide;
     for (int64_t s = s0; s < s1; ++s) {
       const T* z = widened<T>(c.logits, s * c.c, c.c, run + kRun);
-      const Base<T> base = weigh<T>(z, c.c, weight);
+      const Base<T> base{weigh<T>(z, c.c, weight), z, weight, ranges.get() + thread * runs};
       bool masked = base.top == -kInf<T>;
       for (int64_t q = q0; q < q1; ++q) {
         const int64_t next = q + 1 < q1 ? ((q + 1) * c.n + s) * c.c : (q0 * c.n + s + 1) * c.c;
