@@ -4,6 +4,7 @@
 
 #include "online_softmax.h"
 #include "parallel.h"
+#include "transpose.h"
 
 namespace ddf::DDF_ISA {
 namespace {
@@ -213,8 +214,8 @@ void run(const LinearSoftmaxFisher& c, int64_t p0, int64_t p1) {
             const Array& w = operand ? c.dW : c.W;
             const int64_t first = operand ? (p0 + operand - 1) * c.c + c0 : c0;
             for (int64_t r0 = 0; r0 < classes; r0 += kRows)
-              pack_across<T, kRows>(w, (first + r0) * d + k0, d, smaller(kRows, classes - r0),
-                                    depth, rows + r0 * depth);
+              pack_rows<T>(w, (first + r0) * d + k0, d, smaller(kRows, classes - r0), depth,
+                           rows + r0 * depth);
             const int64_t products_here = operand ? 1 : stacked;
             for (int64_t panel = panel0; panel < panel1; ++panel)
               for (int64_t j = 0; j < products_here; ++j) {

@@ -7,7 +7,7 @@
 namespace ddf::DDF_ISA {
 namespace {
 
-constexpr int64_t kChunkBytes = 8 << 10;     // of one array, so that three fit the L1 cache
+constexpr int64_t kChunkBytes = 16 << 10;    // of one array: long enough runs for the memory
 constexpr int64_t kUnits = 32;               // units of work aimed at, so that threads stay busy
 constexpr int64_t kUnitElements = 1 << 16;   // of several samples with few classes in one unit
 constexpr int64_t kDirections = 8;           // at least, in a unit: they share the weights
@@ -18,18 +18,19 @@ constexpr int64_t kChunk = kChunkBytes / static_cast<int64_t>(sizeof(T));
 
 template <class T>
 Moments<double> moments(const T* __restrict weight, const T* __restrict x, int64_t count,
-                        const Weights<T>& part, Ahead next) {
+                        const Weights<T>& part, const Ahead& next) {
   constexpr int U = 4;
   const double mass = nonzero<double>(part.mass);
   const T anchor = x[part.likeliest];
   Vector<T> sum[U] = {};
   sweep<T, U>(count, [&](int64_t k, int u, auto lanes) {
+    next.fetch(k, u);
     sum[u] += load(weight + k) * (load_lanes<T>(x + k, lanes) - anchor);
   });
   const T mean = static_cast<T>(sum_all<T, U>(sum) / mass);
   Vector<T> rest[U] = {}, squares[U] = {};
   sweep<T, U>(count, [&](int64_t k, int u, auto lanes) {
-    __builtin_prefetch(next.from + k * next.size, 0, 3);
+    next.fetch(count + k, u);
     const Vector<T> y = (load_lanes<T>(x + k, lanes) - anchor) - mean;
     const Vector<T> wy = load(weight + k) * y;
     rest[u] += wy;
@@ -78,13 +79,13 @@ void run(const SoftmaxFisher& c) {
         const int64_t c0 = k * kChunk<T>, count = smaller(kChunk<T>, c.c - c0);
         const auto at = [&](int64_t p) { return (p * c.n + s) * c.c + c0; };
         const T* z = widened<T>(c.logits, s * c.c + c0, count, wide_z);
-        const Weights<T> here = weigh<T>(z, count, weight);
+        const Weights<T> here = weigh<T>(z, count, weight, Ahead(c.tangent, at(p0)));
         const Join<double> join(all, {static_cast<double>(here.top), here.mass});
         for (int64_t p = p0; p < p1; ++p) {
-          // Of the next direction the same chunk, of the first one the next chunk.
-          const int64_t next = p + 1 < p1 ? at(p + 1) : at(p0) + count;
-          join(state[p], moments<T>(weight, widened<T>(c.tangent, at(p), count, wide_x), count, here,
-                                    ahead(c.tangent, next)));
+          const Ahead next = p + 1 < p1 ? Ahead(c.tangent, at(p + 1))
+                                        : Ahead(c.logits, s * c.c + c0 + count);
+          const T* x = widened<T>(c.tangent, at(p), count, wide_x);
+          join(state[p], moments<T>(weight, x, count, here, next));
         }
       }
       if (parts == 1)

@@ -61,7 +61,7 @@ struct Row {
 // E_p[delta], relative to the likeliest class. Not finite where a logit is not. Where all are finite
 // (not Masked) the ranges are found too.
 template <class T, bool Masked>
-double mean_of(const Base<T>& base, const Row<T>& row, T anchor) {
+double mean_of(const Base<T>& base, const Row<T>& row, T anchor, const Ahead& next) {
   constexpr int U = 4;
   double total = 0;
   for (int64_t k0 = 0; k0 < row.c.c; k0 += kRun) {
@@ -72,6 +72,7 @@ double mean_of(const Base<T>& base, const Row<T>& row, T anchor) {
       high[u] = Vector<T>{} - kInf<T>;
     }
     sweep<T, U>(smaller(kRun, row.c.c - k0), [&](int64_t k, int u, auto lanes) {
+      next.fetch(k0 + k, u);
       const Move<T, Masked> move(load_lanes<T>(z + k, lanes), load_lanes<T>(moved + k, lanes),
                                  base.top, anchor, T(0));
       sum[u] += load(weight + k) * move.y;
@@ -123,7 +124,7 @@ double far_log(const Base<T>& base, const Row<T>& row, T anchor, T mean) {
 }
 
 template <class T, bool Masked>
-double divergence(const Base<T>& base, const Row<T>& row, T anchor, T mean, Ahead next) {
+double divergence(const Base<T>& base, const Row<T>& row, T anchor, T mean, const Ahead& next) {
   constexpr int U = 1;
   double excess = 0, rest = 0;
   Vector<Lane<T>> lost = {};
@@ -134,7 +135,7 @@ double divergence(const Base<T>& base, const Row<T>& row, T anchor, T mean, Ahea
     if (!Masked && base.ranges[k0 / kRun].low - mean > -kNear &&
         base.ranges[k0 / kRun].high - mean < kNear) {  // the same values as below
       sweep<T, U>(count, [&](int64_t k, int u, auto lanes) {
-        __builtin_prefetch(next.from + (k0 + k) * next.size, 0, 2);
+        next.fetch(row.c.c + k0 + k, u);
         const Move<T, Masked> move(load_lanes<T>(z + k, lanes), load_lanes<T>(moved + k, lanes),
                                    base.top, anchor, mean);
         const Vector<T> w = load(weight + k);  // 0 where a lane does not count
@@ -143,7 +144,7 @@ double divergence(const Base<T>& base, const Row<T>& row, T anchor, T mean, Ahea
       });
     } else {
       sweep<T, U>(count, [&](int64_t k, int u, auto lanes) {
-        __builtin_prefetch(next.from + (k0 + k) * next.size, 0, 2);
+        next.fetch(row.c.c + k0 + k, u);
         const Vector<T> from = load_lanes<T>(z + k, lanes), to = load_lanes<T>(moved + k, lanes);
         const Move<T, Masked> move(from, to, base.top, anchor, mean);
         const Vector<T> w = load(weight + k);
@@ -178,19 +179,19 @@ double divergence(const Base<T>& base, const Row<T>& row, T anchor, T mean, Ahea
 }
 
 template <class T>
-double divergence(const Base<T>& base, const Row<T>& row, bool& masked, Ahead next) {
+double divergence(const Base<T>& base, const Row<T>& row, bool& masked, const Ahead& next) {
   T there;
   there = *widened<T>(row.c.logits_t, row.offset + base.likeliest, 1, &there);
   if (!masked) {
     const T anchor = there - base.z[base.likeliest];
-    const double mean = mean_of<T, false>(base, row, anchor);
+    const double mean = mean_of<T, false>(base, row, anchor, next);
     if (std::isfinite(mean))
       return divergence<T, false>(base, row, anchor, static_cast<T>(mean), next);
     masked = true;
   }
   const bool moves = base.top != -kInf<T> && there != -kInf<T>;
   const T anchor = moves ? there - base.z[base.likeliest] : T(0);
-  const double mean = mean_of<T, true>(base, row, anchor);
+  const double mean = mean_of<T, true>(base, row, anchor, next);
   return divergence<T, true>(base, row, anchor, static_cast<T>(mean), next);
 }
 
@@ -217,12 +218,14 @@ void run(const SoftmaxKl& c) {
     T* run = weight + wide;
     for (int64_t s = s0; s < s1; ++s) {
       const T* z = widened<T>(c.logits, s * c.c, c.c, run + kRun);
-      const Base<T> base{weigh<T>(z, c.c, weight), z, weight, ranges.get() + thread * runs};
+      const Base<T> base{weigh<T>(z, c.c, weight, Ahead(c.logits_t, (q0 * c.n + s) * c.c)), z,
+                         weight, ranges.get() + thread * runs};
       bool masked = base.top == -kInf<T>;
       for (int64_t q = q0; q < q1; ++q) {
-        const int64_t next = q + 1 < q1 ? ((q + 1) * c.n + s) * c.c : (q0 * c.n + s + 1) * c.c;
-        out[q * c.n + s] = static_cast<T>(divergence<T>(base, {c, (q * c.n + s) * c.c, run}, masked,
-                                                        ahead(c.logits_t, next)));
+        const Ahead next = q + 1 < q1 ? Ahead(c.logits_t, ((q + 1) * c.n + s) * c.c)
+                                      : Ahead(c.logits, (s + 1) * c.c);
+        const Row<T> row{c, (q * c.n + s) * c.c, run};
+        out[q * c.n + s] = static_cast<T>(divergence<T>(base, row, masked, next));
       }
     }
   });

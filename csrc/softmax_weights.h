@@ -20,14 +20,15 @@ struct Weights {
   double mass = 0;        // sum of the weights; 0 if all logits are -inf
 };
 
-// Writes the weights, and 0 up to a whole number of vectors.
+// Writes the weights, and 0 up to a whole number of vectors; asks for `next` meanwhile.
 template <class T>
-Weights<T> weigh(const T* __restrict z, int64_t count, T* __restrict weight) {
+Weights<T> weigh(const T* __restrict z, int64_t count, T* __restrict weight, const Ahead& next) {
   constexpr int U = 2;
   Vector<T> best[U];
   Vector<Lane<T>> at[U] = {};
   for (int u = 0; u < U; ++u) best[u] = Vector<T>{} - kInf<T>;
   sweep<T, U>(count, [&](int64_t k, int u, auto lanes) {
+    next.fetch(k, u);
     const Vector<T> v = keep_lanes<T>(load_lanes<T>(z + k, lanes), lanes, -kInf<T>);
     const auto above = v > best[u];
     best[u] = above ? v : best[u];
@@ -45,6 +46,7 @@ Weights<T> weigh(const T* __restrict z, int64_t count, T* __restrict weight) {
   for (int64_t k0 = 0; k0 < count; k0 += kRun) {
     Vector<T> mass[U] = {};
     sweep<T, U>(smaller(kRun, count - k0), [&](int64_t k, int u, auto lanes) {
+      next.fetch(count + k0 + k, u);
       const Vector<T> e = exponential<T>(load_lanes<T>(z + k0 + k, lanes) - finite).value;
       const Vector<T> w = keep_lanes<T>(e, lanes);
       store(weight + k0 + k, w);
