@@ -76,6 +76,7 @@ NB_MODULE(_C, m) {
   ddf::bind_curvature(m);
   ddf::bind_gram(m);
   ddf::bind_kron(m);
+  ddf::bind_softmax(m);
   m.def("build_info", &ddf::build_info,
         "Version, compiler, instruction sets (in use and usable here), OpenMP version or None,\n"
         "and the thread count OpenMP would choose.");

@@ -63,5 +63,6 @@ class Result {
 void bind_curvature(nanobind::module_& m);
 void bind_gram(nanobind::module_& m);
 void bind_kron(nanobind::module_& m);
+void bind_softmax(nanobind::module_& m);
 
 }  // namespace ddf

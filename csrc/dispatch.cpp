@@ -7,6 +7,9 @@
 #include "kron_matvec.h"
 #include "kron_quadratic.h"
 #include "kron_quadratic_rank1.h"
+#include "linear_softmax_fisher.h"
+#include "softmax_fisher.h"
+#include "softmax_kl.h"
 
 #ifdef DDF_HAVE_AVX512
 #define DDF_CASE_AVX512(name) \
@@ -41,5 +44,8 @@ DDF_DISPATCH(gram, Gram)
 DDF_DISPATCH(kron_matvec, KronMatvec)
 DDF_DISPATCH(kron_quadratic, KronQuadratic)
 DDF_DISPATCH(kron_quadratic_rank1, KronQuadraticRank1)
+DDF_DISPATCH(linear_softmax_fisher, LinearSoftmaxFisher)
+DDF_DISPATCH(softmax_fisher, SoftmaxFisher)
+DDF_DISPATCH(softmax_kl, SoftmaxKl)
 
 }  // namespace ddf

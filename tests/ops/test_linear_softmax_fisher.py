@@ -4,10 +4,20 @@ import pytest
 import torch
 from compare import assert_relative, assert_rms
 
+from deaddir_fast import _native
+from deaddir_fast._backend import backend
 from deaddir_fast.ops import linear_softmax_fisher, softmax_fisher
 from deaddir_fast.ops.linear_softmax_fisher import reference
 
 torch.set_num_threads(1)
+
+
+@pytest.fixture(autouse=True, params=["reference", "cpu"])
+def route(request):
+    if request.param == "cpu" and _native.extension is None:
+        pytest.skip(f"no C++ here: {_native.why_not}")
+    with backend(request.param):
+        yield request.param
 
 
 def make(n, d, c, p, dtype=torch.float64):

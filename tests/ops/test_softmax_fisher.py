@@ -8,10 +8,19 @@ from compare import assert_relative, to_numpy
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from deaddir_fast import _native
 from deaddir_fast._backend import backend
 from deaddir_fast.ops import softmax_fisher
 
 torch.set_num_threads(1)
+
+
+@pytest.fixture(autouse=True, params=["reference", "cpu"])
+def route(request):
+    if request.param == "cpu" and _native.extension is None:
+        pytest.skip(f"no C++ here: {_native.why_not}")
+    with backend(request.param):
+        yield request.param
 
 
 def truth(logits, tangent):

@@ -8,6 +8,7 @@ from deaddir_fast.ops._cpu.kron import (
     kron_quadratic_rank1,
     kron_solve,
 )
+from deaddir_fast.ops._cpu.softmax import linear_softmax_fisher, softmax_fisher, softmax_kl
 
 __all__ = [
     "directional_curvature",
@@ -20,4 +21,7 @@ __all__ = [
     "kron_quadratic",
     "kron_quadratic_rank1",
     "kron_solve",
+    "linear_softmax_fisher",
+    "softmax_fisher",
+    "softmax_kl",
 ]
