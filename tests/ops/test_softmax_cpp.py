@@ -93,7 +93,8 @@ def features(n, d, c, p, dtypes=(F64,) * 5):
     shapes = (n, d), (p, n, d), (c, d), (c,), (p, c, d)
     scales = (max(1, d) ** -0.5, 1.0, 1.0, 1.0, 1.0)
     return tuple(
-        (k * torch.randn(s, dtype=F64)).to(t) for k, s, t in zip(scales, shapes, dtypes, strict=True)
+        (k * torch.randn(s, dtype=F64)).to(t)
+        for k, s, t in zip(scales, shapes, dtypes, strict=True)
     )
 
 
@@ -383,7 +384,8 @@ def status(key):
 
 n, d, c, p = 256, 256, 32000, 2
 h, dh, W, out = torch.randn(n, d), torch.randn(p, n, d), torch.randn(c, d), torch.empty(p, n)
-_native.extension.linear_softmax_fisher(h[:1], dh[:, :1].contiguous(), W, None, None, out[:, :1].contiguous(), 2)
+first = h[:1], dh[:, :1].contiguous(), W, None, None, out[:, :1].contiguous()
+_native.extension.linear_softmax_fisher(*first, 2)
 open("/proc/self/clear_refs", "w").write("5")
 before = status("VmRSS")
 _native.extension.linear_softmax_fisher(h, dh, W, None, None, out, 2)
