@@ -274,6 +274,7 @@ class Contraction {
     for (int64_t n = cut(stacks_, parts_, part); n < cut(stacks_, parts_, part + 1); ++n) {
       const int64_t h0 = n / stacks_i_ * height_, h1 = smaller(tiles_o(), h0 + height_);
       const int64_t c0 = n % stacks_i_ * kTileColumns<T>;
+      const int64_t u_columns = smaller(kTileColumns<T>, c_.i - c0);
       for (int64_t s = 0; s < samples; ++s)
         for (int64_t h = h0; h < h1; ++h)
           outer(r0 + s, token_count(row0 + r0 + s), h * kRows, c0,
@@ -284,12 +285,13 @@ class Contraction {
           const int64_t count = smaller(kDotColumns, p - p0);
           const Rows<T> u = directions(p0, count, h * kRows, rows, c0, copy);
           // The tiles of U come from memory; fetch the next ones while these are in use.
-          const int64_t next = smaller(kDotColumns, p - p0 - count) * rows;
+          const int64_t next = smaller(p, p0 + count + kDotColumns);
           const int64_t calls = ceil_div(samples, kDotRows);
           for (int64_t k = 0; k < calls; ++k) {
-            for (int64_t l = cut(next, calls, k); l < cut(next, calls, k + 1); ++l)
-              prefetch(c_.U, ((p0 + count + l / rows) * c_.o + h * kRows + l % rows) * c_.i + c0,
-                       smaller(kTileColumns<T>, c_.i - c0));
+            const int64_t l0 = cut(rows, calls, k), l1 = cut(rows, calls, k + 1);
+            for (int64_t d = p0 + count; d < next; ++d)
+              for (int64_t l = l0; l < l1; ++l)
+                prefetch(c_.U, (d * c_.o + h * kRows + l) * c_.i + c0, u_columns);
             const int64_t s = k * kDotRows;
             const T* tiles = m + s * m_step + (h - h0) * kTile<T>;
             dot_rows<T>(smaller(kDotRows, samples - s), count, {tiles, m_step, kTileColumns<T>}, u,
