@@ -30,6 +30,28 @@ def reference(A: Tensor, G: Tensor, U: Tensor, damping: float) -> Tensor:
     p, o, i = U.shape
     if U.numel() == 0:
         return U.new_empty(U.shape, dtype=result)
+    P, Q, denominator = eigenproblem(A, G, U, damping)
+    parts = []
+    for some in blocks(p, 4 * o * i * torch.float64.itemsize):
+        rotated = (Q.mT @ U[some].double() @ P) / denominator
+        parts.append((Q @ rotated @ P.mT).to(result))
+    return torch.cat(parts).contiguous()
+
+
+def eigenproblem(A: Tensor, G: Tensor, U: Tensor, damping: float) -> tuple[Tensor, Tensor, Tensor]:
+    """Diagonalise the system for directions U, and refuse it where it is singular.
+
+    Args:
+        A: (i, i), symmetric; not empty.
+        G: (o, o), symmetric; not empty.
+        U: (p, o, i).
+        damping: at least 0.
+
+    Returns:
+        P (i, i), Q (o, o) and the denominator l_o m_i + damping (o, i), in fp64, with
+        A = P diag(m) P^T and G = Q diag(l) Q^T. NaN where a factor is not finite.
+    """
+    _, o, i = U.shape
     m, P = _eigenbasis("A", A)
     l, Q = _eigenbasis("G", G)
     scale = l.abs().amax() * m.abs().amax()
@@ -43,11 +65,7 @@ def reference(A: Tensor, G: Tensor, U: Tensor, damping: float) -> Tensor:
             f"size {float(smallest):.3g}, resolved above {float(resolution):.3g}); expected a "
             f"larger damping, got {damping:.3g}"
         )
-    parts = []
-    for some in blocks(p, 4 * o * i * torch.float64.itemsize):
-        rotated = (Q.mT @ U[some].double() @ P) / denominator
-        parts.append((Q @ rotated @ P.mT).to(result))
-    return torch.cat(parts).contiguous()
+    return P, Q, denominator
 
 
 def _eigenbasis(argument: str, factor: Tensor) -> tuple[Tensor, Tensor]:

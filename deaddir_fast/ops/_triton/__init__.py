@@ -4,5 +4,20 @@ Triton is imported at the first launch.
 """
 
 from deaddir_fast.ops._triton.gram import gram, gram_, gram_packed, gram_packed_
+from deaddir_fast.ops._triton.kron import (
+    kron_matvec,
+    kron_quadratic,
+    kron_quadratic_rank1,
+    kron_solve,
+)
 
-__all__ = ["gram", "gram_", "gram_packed", "gram_packed_"]
+__all__ = [
+    "gram",
+    "gram_",
+    "gram_packed",
+    "gram_packed_",
+    "kron_matvec",
+    "kron_quadratic",
+    "kron_quadratic_rank1",
+    "kron_solve",
+]
