@@ -1,12 +1,16 @@
 """Batched matrix product on a GPU, with what follows it fused into the epilogue.
 
 The Kronecker operations are pairs of products (U A, then G times that), so one kernel serves them
-all: out[b] = left[b] right[b] for (b, m, k) and (b, k, n), any strides, a batch stride of 0 where a
-factor is shared. One program computes one tile. The epilogue stores it, divides it by another tile,
-or reduces it to one number (against another tile, or squared), so that a quadratic form never
-writes its second product. Tiles are counted along a one-dimensional grid in groups of rows that
-share operands in the L2 cache. No atomics: the sums of the tiles are added in a second step, in
-fp64 and in a fixed order. Addresses of tiles are 64-bit, offsets inside a tile 32-bit.
+all: out[b] = left[b] right[b], left stored as it is or transposed, with a batch stride of 0 where a
+factor is shared. One program computes one tile. The epilogue stores it, divides it by
+another tile, or reduces it to one number (against another tile, or squared), so that a quadratic
+form never writes its second product. Tiles are counted along a one-dimensional grid in groups of
+rows that share operands in the L2 cache. No atomics: the sums of the tiles are added in a second
+step, in fp64 and in a fixed order. Addresses of tiles are 64-bit, offsets inside a tile 32-bit.
+
+Operands are stored in rows of a multiple of 16 elements, with zeros at the end: loads are 16 bytes
+wide then, whatever the layer (the factor of a layer with a bias has one input more than a power of
+2). The launchers copy what is not stored so, at a cost of order p o i against p o i (o + i).
 
 A product runs in one type: 16-bit on the matrix units with fp32 sums, fp32 in "ieee" unless told
 otherwise, fp64. Operands of different types are widened by the launcher, not in the kernel (see
@@ -17,9 +21,8 @@ three bf16 matrices (24 bits of significand are three times 8), so the product i
 bf16, summed in fp32. The pieces are written by the product that made the matrix and lie one after
 the other; the loop over the depth runs through all of them.
 
-Source: grouped tile order from the Triton matrix multiplication tutorial; reduction in the epilogue
-as in QuACK; exact splitting of operands is Ozaki et al. 2012, with bf16 as in Henry et al. 2019;
-their use here is our choice.
+Source: grouped tile order from the Triton matrix multiplication tutorial; splitting into bf16
+pieces as in Henry, Tang & Heinecke 2019; the fusions are our choice.
 """
 
 from collections.abc import Sequence
@@ -42,6 +45,12 @@ def truncate(x):
 
 
 @triton.jit
+def stored(size):
+    """Elements of a stored row: a multiple of 16, which the compiler sees."""
+    return tl.cdiv(size, 16) * 16
+
+
+@triton.jit
 def product_kernel(
     left_ptr,
     right_ptr,
@@ -52,18 +61,18 @@ def product_kernel(
     k,
     left_batch,
     left_row,
-    left_depth,
     right_piece,
     right_batch,
-    right_depth,
-    right_column,
+    right_row,
     other_batch,
     other_row,
     out_piece,
     out_batch,
     out_row,
+    LEFT_TRANSPOSED: tl.constexpr,
     PIECES: tl.constexpr,
     OUT_PIECES: tl.constexpr,
+    OUT_STORED: tl.constexpr,
     START: tl.constexpr,
     EPILOGUE: tl.constexpr,
     TOTAL: tl.constexpr,
@@ -72,12 +81,12 @@ def product_kernel(
     DEPTH: tl.constexpr,
     GROUP: tl.constexpr,
 ):
-    """One tile of left right.
+    """One tile of left (m, k) times right (k, n).
 
     ``START`` says from where on the operands are not zero along the depth: "zero" (everywhere),
     "row" (left[r, d] = 0 for d < r) or "column" (right[d, c] = 0 for d < c). ``EPILOGUE`` is
     "store", "divide" (by other), "dot" (sum of the tile times other) or "square" (sum of squares);
-    the sums go to out[b, tile]. Other and out have unit column stride.
+    the sums go to out[b, tile]. ``OUT_STORED``: rows of out end in zeros, like those of operands.
     """
     row_tiles = tl.cdiv(m, BLOCK)
     column_tiles = tl.cdiv(n, BLOCK)
@@ -89,17 +98,23 @@ def product_kernel(
     place = tile - group * GROUP * column_tiles
     row = (group * GROUP + place % height) * BLOCK
     column = (place // height) * BLOCK
-    first_row = row.to(tl.int64)
-    first_column = column.to(tl.int64)
 
     r = tl.arange(0, BLOCK)
     d = tl.arange(0, DEPTH)
-    inside_row = r < m - row
-    inside_column = r < n - column
-    left_tile = left_ptr + (batch * left_batch + first_row * left_row)
-    right_tile = right_ptr + (batch * right_batch + first_column * right_column)
-    left_offset = r[:, None] * left_row + d[None, :] * left_depth
-    right_offset = d[:, None] * right_depth + r[None, :] * right_column
+    left_tile = left_ptr + batch * left_batch
+    right_tile = right_ptr + batch * right_batch + column
+    if LEFT_TRANSPOSED:
+        left_tile += row
+        left_offset = d[None, :] * left_row + r[:, None]
+        left_inside = r[:, None] < stored(m) - row
+        left_depth = k
+    else:
+        left_tile += row.to(tl.int64) * left_row
+        left_offset = r[:, None] * left_row + d[None, :]
+        left_inside = r[:, None] < m - row
+        left_depth = stored(k)
+    right_offset = d[:, None] * right_row + r[None, :]
+    right_inside = r[None, :] < stored(n) - column
 
     first = 0
     if START == "row":
@@ -109,45 +124,50 @@ def product_kernel(
     steps = tl.cdiv(k - first, DEPTH)
     total = tl.zeros((BLOCK, BLOCK), TOTAL)
     for step in range(0, PIECES * steps):
+        here = right_tile
         if PIECES == 1:
             start = first + step * DEPTH
-            here = right_tile
         else:  # the smallest piece first
-            piece = PIECES - 1 - step // steps
-            start = first + (step % steps) * DEPTH
-            here = right_tile + tl.cast(piece, tl.int64) * right_piece
-        live = d < k - start
+            start = (step % steps) * DEPTH
+            here += tl.cast(PIECES - 1 - step // steps, tl.int64) * right_piece
+        begin = tl.cast(start, tl.int64)
         left = tl.load(
-            left_tile + tl.cast(start, tl.int64) * left_depth + left_offset,
-            mask=inside_row[:, None] & live[None, :],
+            left_tile + begin * (left_row if LEFT_TRANSPOSED else 1) + left_offset,
+            mask=left_inside & (d[None, :] < left_depth - start),
             other=0.0,
         )
         right = tl.load(
-            here + tl.cast(start, tl.int64) * right_depth + right_offset,
-            mask=live[:, None] & inside_column[None, :],
+            here + begin * right_row + right_offset,
+            mask=right_inside & (d[:, None] < k - start),
             other=0.0,
         )
         total = tl.dot(left, right, total, input_precision=PRECISION, out_dtype=TOTAL)
 
-    inside = inside_row[:, None] & inside_column[None, :]
+    inside_row = r[:, None] < m - row
+    inside = inside_row & (r[None, :] < n - column)
+    inside_stored = inside_row & (r[None, :] < stored(n) - column)
     if EPILOGUE == "dot" or EPILOGUE == "divide":
-        other_tile = other_ptr + (batch * other_batch + first_row * other_row + first_column)
-        other_offset = r[:, None] * other_row + r[None, :]
-        other = tl.load(other_tile + other_offset, mask=inside, other=1.0)
-    if EPILOGUE == "dot" or EPILOGUE == "square":
+        other_tile = other_ptr + (batch * other_batch + row.to(tl.int64) * other_row + column)
+        other = tl.load(
+            other_tile + (r[:, None] * other_row + r[None, :]), mask=inside_stored, other=1.0
+        )
         if EPILOGUE == "dot":
-            terms = total * other
+            total = total * other
         else:
-            terms = total * total
+            total = total / tl.where(inside, other, 1.0)
+    if EPILOGUE == "square":
+        total = total * total
+    if EPILOGUE == "dot" or EPILOGUE == "square":
         # beyond the edge an infinite operand has met a zero
-        terms = tl.where(inside, terms, 0.0)
+        total = tl.where(inside, total, 0.0)
         # over the whole tile at once: Triton 3.7 fails on sm_100 at one axis after the other
-        tl.store(out_ptr + batch * out_batch + tile, tl.sum(terms))
+        tl.store(out_ptr + batch * out_batch + tile, tl.sum(total))
     else:
-        if EPILOGUE == "divide":
-            total = total / other
-        entry = out_ptr + (batch * out_batch + first_row * out_row + first_column)
+        entry = out_ptr + (batch * out_batch + row.to(tl.int64) * out_row + column)
         entry += r[:, None] * out_row + r[None, :]
+        if OUT_STORED:
+            total = tl.where(inside, total, 0.0)
+            inside = inside_stored
         if OUT_PIECES == 1:
             tl.store(entry, total.to(out_ptr.dtype.element_ty), mask=inside)
         else:
@@ -230,7 +250,7 @@ def device_limits(device: torch.device) -> tuple[int, int]:
     return shared or properties.shared_memory_per_block, properties.multi_processor_count
 
 
-# --- launchers ------------------------------------------------------------------------------------
+# --- operands -------------------------------------------------------------------------------------
 
 
 def product_dtype(total: torch.dtype, *operands: Tensor, widen: bool | None = None) -> torch.dtype:
@@ -246,122 +266,138 @@ def product_dtype(total: torch.dtype, *operands: Tensor, widen: bool | None = No
     return dtype if total == torch.float32 and narrow and not widen else total
 
 
+def width(size: int) -> int:
+    """Return the elements of a stored row."""
+    return -(-size // 16) * 16
+
+
 #: Offsets inside a tile are 32-bit: the largest block or depth, times a stride, has to fit.
 _STRIDE_LIMIT = 2**31 // 256
 
 
-def dense(x: Tensor) -> Tensor:
-    """Return x, or a contiguous copy where neither rows nor columns have unit stride."""
-    strides = x.stride()[-2:]
-    return x if 1 in strides and max(strides) < _STRIDE_LIMIT else x.contiguous()
+def store(x: Tensor, dtype: torch.dtype) -> Tensor:
+    """Return x (..., r, c) in ``dtype`` as (..., r, width(c)), zero beyond c.
 
-
-def product(
-    out: Tensor,
-    left: Tensor,
-    right: Tensor,
-    *,
-    divisor: Tensor | None = None,
-    start: str = "zero",
-    precision: str = "ieee",
-    config: Config | None = None,
-) -> None:
-    """Set out to left right, or to (left right) / divisor.
-
-    Args:
-        out: (b, m, n), or (3, b, m, n) in bf16 for the pieces of the result; unit column stride.
-        left: (b, m, k), fp16, bf16, fp32 or fp64; expanded where it is shared.
-        right: (b, k, n) of the same type, or pieces (3, b, k, n).
-        divisor: (m, n).
-        start: where the depth starts: "zero", "row" or "column" of the tile.
-        precision: of fp32 products: "ieee", or "tf32", "tf32x3", "bf16x3", "bf16x6".
-        config: overrides `choose`.
+    No copy is made where x is stored so already.
     """
-    if out.numel() == 0:
-        return
-    config = config or _config(left, right)
-    epilogue = "store" if divisor is None else "divide"
-    _launch(out, left, right, divisor, epilogue, start, precision, config)
+    c = x.shape[-1]
+    aligned = x.data_ptr() % 16 == 0 and all(stride % 16 == 0 for stride in x.stride()[:-1])
+    fits = x.stride(-1) == 1 and x.stride(-2) < _STRIDE_LIMIT
+    if x.dtype == dtype and c == width(c) and aligned and fits:
+        return x
+    out = x.new_zeros((*x.shape[:-1], width(c)), dtype=dtype)
+    out[..., :c] = x
+    return out
 
 
-def product_sum(
-    left: Tensor,
-    right: Tensor,
-    other: Tensor | None,
-    *,
-    start: str = "zero",
-    precision: str = "ieee",
-    config: Config | None = None,
-) -> Tensor:
-    """Return sum_mn (left right) other, or the sum of squares of left right without other.
+def rows(x: Tensor) -> Tensor:
+    """View (p, o, i) as (1, p o, i) where that needs no copy."""
+    p, o, i = x.shape
+    if p > 1 and o > 1 and x.stride(0) != o * x.stride(1):
+        return x
+    row = x.stride(1) if o > 1 else x.stride(0)
+    return x.as_strided((1, p * o, i), (0, row, 1)) if row < _STRIDE_LIMIT else x
 
-    Args:
-        left, right, start, precision, config: as for `product`.
-        other: (b, m, n) with unit column stride, in the type of the sums.
 
-    Returns:
-        (b,) in fp64, each tile summed in the type of the sums.
+# --- launchers ------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Product:
+    """What is multiplied: ``left`` (b, m, k) and ``right`` (b, k, n), as `store` leaves them.
+
+    A transposed ``left`` is stored as (b, k, m). ``right`` may be the pieces (3, b, k, n) of a
+    matrix. ``start`` is where the depth starts: at "zero", at the first "row" or at the first
+    "column" of the tile. ``precision`` is that of fp32 products: "ieee", or "tf32", "tf32x3",
+    "bf16x3", "bf16x6". ``config`` overrides `choose`.
     """
-    config = config or _config(left, right)
-    b, m = left.shape[:2]
-    total = torch.float64 if left.dtype == torch.float64 else torch.float32
-    parts = torch.empty(
-        (b, tiles(m, right.shape[-1], config.block)), dtype=total, device=left.device
-    )
-    epilogue = "square" if other is None else "dot"
-    _launch(parts, left, right, other, epilogue, start, precision, config)
-    return parts.sum(1, dtype=torch.float64)
+
+    left: Tensor
+    right: Tensor
+    m: int
+    n: int
+    k: int
+    left_transposed: bool = False
+    start: str = "zero"
+    precision: str = "ieee"
+    config: Config | None = None
+
+    def write(self, out: Tensor, divisor: Tensor | None = None) -> None:
+        """Set out to the product, divided by a stored (m, n) matrix if there is one.
+
+        ``out`` is (b, m, n) or (b, m, width(n)), or (3, b, m, width(n)) in bf16 for the pieces;
+        contiguous rows.
+        """
+        self._launch(out, divisor, "store" if divisor is None else "divide", self._config())
+
+    def sum(self, other: Tensor | None = None) -> Tensor:
+        """Return the (b,) sums of the product times ``other``, or of its squares, in fp64.
+
+        ``other`` is stored as (b, m, width(n)) in the type of the sums.
+        """
+        config = self._config()
+        total = torch.float64 if self.left.dtype == torch.float64 else torch.float32
+        shape = (len(self.left), tiles(self.m, self.n, config.block))
+        parts = torch.empty(shape, dtype=total, device=self.left.device)
+        self._launch(parts, other, "square" if other is None else "dot", config)
+        return parts.sum(1, dtype=torch.float64)
+
+    def _config(self) -> Config:
+        if self.config is not None:
+            return self.config
+        dtype, shape = self.left.dtype, (len(self.left), self.m, self.n)
+        return choose(CONFIGS[dtype], dtype, shape, *device_limits(self.left.device))
+
+    def _launch(self, out: Tensor, other: Tensor | None, epilogue: str, config: Config) -> None:
+        left, right = self.left, self.right
+        pieces, out_pieces = (x.shape[0] if x.ndim == 4 else 1 for x in (right, out))
+        stores = epilogue in ("store", "divide")
+        precision = self.precision
+        if interpreted() and precision.startswith("bf16"):
+            precision = "ieee"
+        with torch.cuda.device_of(left):
+            product_kernel[(len(left) * tiles(self.m, self.n, config.block),)](
+                left,
+                right,
+                left if other is None else other,
+                out,
+                self.m,
+                self.n,
+                self.k,
+                left.stride(0),
+                left.stride(1),
+                right.stride(0) if pieces > 1 else 0,
+                right.stride(-3),
+                right.stride(-2),
+                other.stride(0) if other is not None and other.ndim == 3 else 0,
+                0 if other is None else other.stride(-2),
+                out.stride(0) if out_pieces > 1 else 0,
+                out.stride(-3) if stores else out.stride(0),
+                out.stride(-2) if stores else 0,
+                LEFT_TRANSPOSED=self.left_transposed,
+                PIECES=pieces,
+                OUT_PIECES=out_pieces,
+                OUT_STORED=stores and out.shape[-1] != self.n,
+                START=self.start,
+                EPILOGUE=epilogue,
+                TOTAL=tl.float64 if left.dtype == torch.float64 else tl.float32,
+                PRECISION=precision,
+                BLOCK=config.block,
+                DEPTH=config.depth,
+                GROUP=GROUP,
+                num_warps=config.warps,
+                num_stages=config.stages,
+            )
 
 
-def _config(left: Tensor, right: Tensor) -> Config:
-    b, m = left.shape[:2]
-    configs, limits = CONFIGS[left.dtype], device_limits(left.device)
-    return choose(configs, left.dtype, (b, m, right.shape[-1]), *limits)
+def write_shared(out: Tensor, u: Tensor, right: Tensor, i: int, **options: Any) -> None:
+    """Set out to u right for one (i, i) matrix ``right``; ``options`` are those of `Product`.
 
-
-def _launch(
-    out: Tensor,
-    left: Tensor,
-    right: Tensor,
-    other: Tensor | None,
-    epilogue: str,
-    start: str,
-    precision: str,
-    config: Config,
-) -> None:
-    b, m, k = left.shape
-    pieces = right.shape[0] if right.ndim == 4 else 1
-    n = right.shape[-1]
-    stored = epilogue in ("store", "divide")
-    with torch.cuda.device_of(left):
-        product_kernel[(b * tiles(m, n, config.block),)](
-            left,
-            right,
-            left if other is None else other,
-            out,
-            m,
-            n,
-            k,
-            *left.stride(),
-            right.stride(0) if pieces > 1 else 0,
-            *right.stride()[-3:],
-            other.stride(0) if other is not None and other.ndim == 3 else 0,
-            0 if other is None else other.stride(-2),
-            out.stride(0) if out.ndim == 4 else 0,
-            out.stride(-3) if stored else out.stride(0),
-            out.stride(-2) if stored else 0,
-            PIECES=pieces,
-            OUT_PIECES=out.shape[0] if out.ndim == 4 else 1,
-            START=start,
-            EPILOGUE=epilogue,
-            TOTAL=tl.float64 if left.dtype == torch.float64 else tl.float32,
-            PRECISION="ieee" if interpreted() and precision.startswith("bf16") else precision,
-            BLOCK=config.block,
-            DEPTH=config.depth,
-            GROUP=GROUP,
-            num_warps=config.warps,
-            num_stages=config.stages,
-        )
+    All rows are one product where they follow each other in memory. ``out`` is contiguous.
+    """
+    flat = rows(u)
+    product = Product(flat, right.expand(len(flat), -1, -1), flat.shape[1], i, i, **options)
+    product.write(out.view(*out.shape[:-3], *flat.shape[:2], out.shape[-1]))
 
 
 # --- ahead-of-time cases --------------------------------------------------------------------------
@@ -383,30 +419,28 @@ def cases(
     start: str = "zero",
     pieces: int = 1,
     out_pieces: int = 1,
+    out_stored: bool = True,
     left_transposed: bool = False,
-    right_transposed: bool = False,
 ) -> list[Case]:
-    """List one compilation per configuration of a variant with operands of type ``dtype``."""
+    """List the compilations of a variant with operands of ``dtype``: all configurations, sizes."""
     name = NAMES[dtype]
     total = "fp64" if dtype == torch.float64 else "fp32"
-    integers = ("m", "n", "k", "left_batch", "left_row", "left_depth", "right_piece")
-    integers += ("right_batch", "right_depth", "right_column", "other_batch", "other_row")
-    integers += ("out_piece", "out_batch", "out_row")
+    strides = ("left_batch", "left_row", "right_piece", "right_batch", "right_row")
+    strides += ("other_batch", "other_row", "out_piece", "out_batch", "out_row")
     signature = {
         "left_ptr": f"*{name}",
         "right_ptr": f"*{name}",
         "other_ptr": f"*{total}" if epilogue in ("dot", "divide") else f"*{name}",
         "out_ptr": f"*{total if out is None else NAMES[out]}",
-        **dict.fromkeys(integers, "i32"),
+        **dict.fromkeys(("m", "n", "k", *strides), "i32"),
     }
     found = []
     for config in CONFIGS[dtype]:
         constants: dict[str, Any] = {
-            # a launch compiles a stride of 1 into the code
-            ("left_row" if left_transposed else "left_depth"): 1,
-            ("right_depth" if right_transposed else "right_column"): 1,
+            "LEFT_TRANSPOSED": left_transposed,
             "PIECES": pieces,
             "OUT_PIECES": out_pieces,
+            "OUT_STORED": out_stored and epilogue in ("store", "divide"),
             "START": start,
             "EPILOGUE": epilogue,
             "TOTAL": tl.float64 if total == "fp64" else tl.float32,
@@ -415,17 +449,22 @@ def cases(
             "DEPTH": config.depth,
             "GROUP": GROUP,
         }
-        case = Case(
-            kernel=product_kernel,
-            helpers=(truncate,),
-            label=f"{name} {label}",
-            signature=signature,
-            constants=constants,
-            warps=config.warps,
-            stages=config.stages,
-            aligned=tuple(n for n in signature if n not in constants),
-            unit=name,
-            shared_bound=shared_bytes(config, dtype),
-        )
-        found.append(case)
+        for odd in (False, True):
+            # sizes may be odd, and then the rows of a result that is not stored like an operand
+            unaligned = {"m", "n", "k"} if odd else set()
+            if odd and not out_stored:
+                unaligned |= {"out_batch", "out_row"}
+            case = Case(
+                kernel=product_kernel,
+                helpers=(truncate, stored),
+                label=f"{name} {label}" + " odd" * odd,
+                signature=signature,
+                constants=constants,
+                warps=config.warps,
+                stages=config.stages,
+                aligned=tuple(x for x in signature if x not in unaligned),
+                unit=name,
+                shared_bound=shared_bytes(config, dtype),
+            )
+            found.append(case)
     return found

@@ -15,23 +15,17 @@ from deaddir_fast.kernels._product import (
     CONFIGS,
     PIECES,
     Config,
+    Product,
     cases,
-    dense,
-    product,
     product_dtype,
+    store,
+    width,
+    write_shared,
 )
 from deaddir_fast.ops._blocks import blocks
 
 #: Bytes of temporary storage on the device: enough directions at once to fill it.
 WORKSPACE = 256 * 2**20
-
-
-def rows(U: Tensor) -> Tensor:
-    """View (p, o, i) as (1, p o, i) where that needs no copy."""
-    p, o, i = U.shape
-    if p > 1 and o > 1 and U.stride(0) != o * U.stride(1):
-        return U
-    return U.as_strided((1, p * o, i), (0, U.stride(1 if o > 1 else 0), U.stride(2)))
 
 
 def kron_matvec(
@@ -60,25 +54,15 @@ def kron_matvec(
         return
     first = product_dtype(out.dtype, A, U, widen=widen)
     split = product_dtype(out.dtype, A, G, U, widen=widen) == torch.bfloat16
-    second, pieces = (torch.bfloat16, PIECES) if split else (out.dtype, 1)
-    A, G = dense(A.to(first)), dense(G.to(second))
-    for some in blocks(p, o * i * pieces * second.itemsize, WORKSPACE):
-        u = dense(rows(U[some].to(first)))
-        v = u.new_empty((pieces, len(out[some]), o, i), dtype=second)
-        product(
-            v.view(pieces, *u.shape) if split else v.view(u.shape),
-            u,
-            A.expand(len(u), i, i),
-            precision=precision,
-            config=config,
-        )
-        product(
-            out[some],
-            G.expand(v.shape[1], o, o),
-            v if split else v[0],
-            precision=precision,
-            config=config,
-        )
+    second, shape = (torch.bfloat16, (PIECES,)) if split else (out.dtype, ())
+    A, G = store(A, first), store(G, second)
+    bytes_each = o * width(i) * (first.itemsize + (PIECES if split else 1) * second.itemsize)
+    for some in blocks(p, bytes_each, WORKSPACE):
+        result = out[some]
+        v = out.new_empty((*shape, len(result), o, width(i)), dtype=second)
+        options = {"precision": precision, "config": config}
+        write_shared(v, store(U[some], first), A, i, **options)
+        Product(G.expand(len(result), -1, -1), v, o, i, o, **options).write(result)
 
 
 #: Below this many entries of U, launching costs as much as the products.
@@ -94,8 +78,10 @@ def worthwhile(A: Tensor, G: Tensor, U: Tensor) -> bool:
 def aot() -> list[Case]:
     """List the compilations that have to succeed without a device: all that can be launched."""
     brain = torch.bfloat16
-    return [
-        *cases(brain, "to pieces", out=brain, out_pieces=PIECES),
-        *cases(brain, "from pieces", pieces=PIECES),
-        *(case for dtype in CONFIGS for case in cases(dtype, "product")),
-    ]
+    found = cases(brain, "U A to pieces", out=brain, out_pieces=PIECES)
+    found += cases(brain, "G V from pieces", pieces=PIECES, out_stored=False)
+    for dtype in CONFIGS:
+        found += cases(dtype, "U A")
+        if dtype.itemsize > 2:
+            found += cases(dtype, "G V", out_stored=False)
+    return found

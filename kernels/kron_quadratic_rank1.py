@@ -4,8 +4,9 @@ One program multiplies a rectangle of the matrix, some rows by a chunk of the co
 of directions, multiplies the result by the same directions again and sums it to one number for
 each direction. Nothing of size (p, i) is stored. Few directions are the usual case, bound by the
 bytes of the matrix; then all of them sit in one block and the matrix is read once. Otherwise
-programs that share a rectangle follow each other, and the L2 cache serves it. The directions are
-the columns of the product, because the matrix units take few columns but not few rows.
+programs that share a rectangle follow each other, and the L2 cache serves it, and a copy of the
+matrix with aligned rows pays where they are not. The directions are the columns of the product,
+because the matrix units take few columns but not few rows.
 
 No atomics: the partial sums of the rectangles are added in a second step, in fp64 and in a fixed
 order. The rectangles depend on shapes alone.
@@ -22,7 +23,7 @@ from torch import Tensor
 
 from deaddir_fast.kernels import interpreted
 from deaddir_fast.kernels._case import Case
-from deaddir_fast.kernels._product import NAMES, dense, device_limits, product_dtype
+from deaddir_fast.kernels._product import NAMES, device_limits, product_dtype, store, stored
 
 
 @triton.jit
@@ -33,9 +34,8 @@ def form_kernel(
     i,
     p,
     square_row,
-    square_column,
     rows_row,
-    rows_column,
+    STORED: tl.constexpr,
     TOTAL: tl.constexpr,
     PRECISION: tl.constexpr,
     BLOCK: tl.constexpr,
@@ -43,7 +43,10 @@ def form_kernel(
     DEPTH: tl.constexpr,
     CHUNK: tl.constexpr,
 ):
-    """Partial sums of rows square rows^T; square is (i, i), rows (p, i), out (parts, p)."""
+    """Partial sums of rows square rows^T; square is (i, i), rows (p, i), out (parts, p).
+
+    ``STORED``: square ends in zeros like an operand of a product, as rows always does.
+    """
     blocks = tl.cdiv(p, BLOCK_P)
     chunks = tl.cdiv(i, CHUNK)
     program = tl.program_id(0)
@@ -51,36 +54,34 @@ def form_kernel(
     direction = (program % blocks) * BLOCK_P
     row = (part // chunks) * BLOCK
     column = (part % chunks) * CHUNK
-    first_row = row.to(tl.int64)
 
     r = tl.arange(0, BLOCK)
     q = tl.arange(0, BLOCK_P)
     d = tl.arange(0, DEPTH)
     inside_row = r < i - row
     inside_direction = q < p - direction
-    square = square_ptr + first_row * square_row
+    square = square_ptr + row.to(tl.int64) * square_row
     rows = rows_ptr + direction.to(tl.int64) * rows_row
-    square_offset = r[:, None] * square_row + d[None, :] * square_column
-    rows_offset = d[:, None] * rows_column + q[None, :] * rows_row
+    square_offset = r[:, None] * square_row + d[None, :]
+    rows_offset = d[:, None] + q[None, :] * rows_row
 
     total = tl.zeros((BLOCK, BLOCK_P), TOTAL)
     for start in range(column, min(column + CHUNK, i), DEPTH):
-        live = d < i - start
         left = tl.load(
-            square + tl.cast(start, tl.int64) * square_column + square_offset,
-            mask=inside_row[:, None] & live[None, :],
+            square + start + square_offset,
+            mask=inside_row[:, None] & (d[None, :] < (stored(i) if STORED else i) - start),
             other=0.0,
         )
         right = tl.load(
-            rows + tl.cast(start, tl.int64) * rows_column + rows_offset,
-            mask=live[:, None] & inside_direction[None, :],
+            rows + start + rows_offset,
+            mask=(d[:, None] < stored(i) - start) & inside_direction[None, :],
             other=0.0,
         )
         total = tl.dot(left, right, total, input_precision=PRECISION, out_dtype=TOTAL)
 
     inside = inside_row[:, None] & inside_direction[None, :]
     again = tl.load(
-        rows + first_row * rows_column + (r[:, None] * rows_column + q[None, :] * rows_row),
+        rows + row + (r[:, None] + q[None, :] * rows_row),
         mask=inside,
         other=0.0,
     )
@@ -111,6 +112,9 @@ CONFIGS: dict[torch.dtype, tuple[Config, ...]] = {
     torch.float32: (Config(64, 64, 16, 4, 2), Config(64, 16, 32, 4, 3)),
     torch.float64: (Config(64, 64, 16, 8, 3), Config(64, 16, 16, 4, 3)),
 }
+
+#: Up to this many directions a copy of the matrix would cost more than unaligned loads.
+FEW = 16
 
 #: Columns of the matrix that one program takes: with few rows of tiles this fills the device.
 CHUNK = 512
@@ -195,9 +199,14 @@ def _form(
     if p == 0 or i == 0:
         return rows.new_zeros(p, dtype=torch.float64)
     dtype = product_dtype(total, square, rows, widen=widen)
-    square, rows = dense(square.to(dtype)), dense(rows.to(dtype))
     if config is None:
         config = choose(CONFIGS[dtype], dtype, p, device_limits(square.device)[0])
+    rows, square = store(rows, dtype), square.to(dtype)
+    few = config.rows <= FEW
+    if not few:
+        square = store(square, dtype)
+    elif square.stride(1) != 1:
+        square = square.contiguous()
     out = torch.empty((parts(i, config.block), p), dtype=total, device=rows.device)
     with torch.cuda.device_of(square):
         form_kernel[(len(out) * -(-p // config.rows),)](
@@ -206,8 +215,9 @@ def _form(
             out,
             i,
             p,
-            *square.stride(),
-            *rows.stride(),
+            square.stride(0),
+            rows.stride(0),
+            STORED=not few,
             TOTAL=tl.float64 if total == torch.float64 else tl.float32,
             PRECISION="ieee" if interpreted() and precision.startswith("bf16") else precision,
             BLOCK=config.block,
@@ -223,12 +233,12 @@ def _form(
 # --- ahead-of-time cases --------------------------------------------------------------------------
 
 
-def _case(dtype: torch.dtype, config: Config) -> Case:
+def _case(dtype: torch.dtype, config: Config, *, odd: bool) -> Case:
     name = NAMES[dtype]
     total = "fp64" if dtype == torch.float64 else "fp32"
+    few = config.rows <= FEW
     constants: dict[str, Any] = {
-        "square_column": 1,  # a launch compiles a stride of 1 into the code
-        "rows_column": 1,
+        "STORED": not few,
         "TOTAL": tl.float64 if total == "fp64" else tl.float32,
         "PRECISION": "ieee",
         "BLOCK": config.block,
@@ -240,18 +250,20 @@ def _case(dtype: torch.dtype, config: Config) -> Case:
         "square_ptr": f"*{name}",
         "rows_ptr": f"*{name}",
         "out_ptr": f"*{total}",
-        **dict.fromkeys(
-            ("i", "p", "square_row", "square_column", "rows_row", "rows_column"), "i32"
-        ),
+        **dict.fromkeys(("i", "p", "square_row", "rows_row"), "i32"),
     }
+    unaligned = {"i", "p"} if odd else {"p"}
+    if odd and few:
+        unaligned |= {"square_row"}
     return Case(
         kernel=form_kernel,
-        label=name,
+        helpers=(stored,),
+        label=name + " odd" * odd,
         signature=signature,
         constants=constants,
         warps=config.warps,
         stages=config.stages,
-        aligned=tuple(n for n in signature if n not in constants),
+        aligned=tuple(x for x in signature if x not in unaligned),
         unit=name,
         shared_bound=shared_bytes(config, dtype),
     )
@@ -259,4 +271,9 @@ def _case(dtype: torch.dtype, config: Config) -> Case:
 
 def aot() -> list[Case]:
     """List the compilations that have to succeed without a device: all that can be launched."""
-    return [_case(dtype, config) for dtype, configs in CONFIGS.items() for config in configs]
+    return [
+        _case(dtype, config, odd=odd)
+        for dtype, configs in CONFIGS.items()
+        for config in configs
+        for odd in (False, True)
+    ]

@@ -7,8 +7,8 @@ import torch
 from torch import Tensor
 
 from deaddir_fast.kernels._case import Case
-from deaddir_fast.kernels._product import Config, cases, dense, product
-from deaddir_fast.kernels.kron_matvec import WORKSPACE, rows
+from deaddir_fast.kernels._product import Config, Product, cases, store, width, write_shared
+from deaddir_fast.kernels.kron_matvec import WORKSPACE
 from deaddir_fast.ops._blocks import blocks
 
 
@@ -34,25 +34,24 @@ def kron_solve(
     p, o, i = U.shape
     if out.numel() == 0:
         return
-    P, Q, denominator = P.contiguous(), Q.contiguous(), denominator.contiguous()
-    for some in blocks(p, 3 * o * i * torch.float64.itemsize, WORKSPACE):
-        u = dense(rows(U[some].double()))
-        b = len(out[some])
-        one = u.new_empty((b, o, i))
-        two = torch.empty_like(one)
-        wide, tall = P.expand(len(u), i, i), Q.expand(b, o, o)
-        product(one.view(u.shape), u, wide, config=config)
-        product(two, tall.mT, one, divisor=denominator, config=config)
-        product(one, tall, two, config=config)
-        flat = rows(one)
-        product(rows(out[some]), flat, P.expand(1, i, i).mT, config=config)
+    wide = torch.float64
+    P, transposed = store(P, wide), store(P.mT, wide)
+    Q, denominator = store(Q, wide), store(denominator, wide)
+    for some in blocks(p, 3 * o * width(i) * wide.itemsize, WORKSPACE):
+        one = store(U[some], wide)
+        left = Q.expand(len(one), -1, -1)
+        two, three = one.new_empty(one.shape), one.new_empty(one.shape)
+        write_shared(two, one, P, i, config=config)
+        Product(left, two, o, i, o, left_transposed=True, config=config).write(three, denominator)
+        Product(left, three, o, i, o, config=config).write(two)
+        write_shared(out[some], two, transposed, i, config=config)
 
 
 def aot() -> list[Case]:
     """List the compilations that have to succeed without a device: all that can be launched."""
     wide = torch.float64
     return [
-        *cases(wide, "divided", epilogue="divide", left_transposed=True),
-        *cases(wide, "transposed", right_transposed=True),
-        *cases(wide, "transposed, rounded", right_transposed=True, out=torch.float32),
+        *cases(wide, "Q^T U divided", epilogue="divide", left_transposed=True),
+        *cases(wide, "U P^T", out_stored=False),
+        *cases(wide, "U P^T to fp32", out=torch.float32, out_stored=False),
     ]
