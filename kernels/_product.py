@@ -45,12 +45,6 @@ def truncate(x):
 
 
 @triton.jit
-def stored(size):
-    """Elements of a stored row: a multiple of 16, which the compiler sees."""
-    return tl.cdiv(size, 16) * 16
-
-
-@triton.jit
 def product_kernel(
     left_ptr,
     right_ptr,
@@ -88,8 +82,9 @@ def product_kernel(
     "store", "divide" (by other), "dot" (sum of the tile times other) or "square" (sum of squares);
     the sums go to out[b, tile]. ``OUT_STORED``: rows of out end in zeros, like those of operands.
     """
-    row_tiles = tl.cdiv(m, BLOCK)
-    column_tiles = tl.cdiv(n, BLOCK)
+    # Sizes are rounded up in place: calls are slow in the interpreter.
+    row_tiles = (m + BLOCK - 1) // BLOCK
+    column_tiles = (n + BLOCK - 1) // BLOCK
     program = tl.program_id(0)
     batch = (program // (row_tiles * column_tiles)).to(tl.int64)
     tile = program % (row_tiles * column_tiles)
@@ -98,6 +93,8 @@ def product_kernel(
     place = tile - group * GROUP * column_tiles
     row = (group * GROUP + place % height) * BLOCK
     column = (place // height) * BLOCK
+    # stored extents: the compiler sees that they are multiples of 16
+    stored_m, stored_n, stored_k = ((m + 15) // 16 * 16, (n + 15) // 16 * 16, (k + 15) // 16 * 16)
 
     r = tl.arange(0, BLOCK)
     d = tl.arange(0, DEPTH)
@@ -106,22 +103,22 @@ def product_kernel(
     if LEFT_TRANSPOSED:
         left_tile += row
         left_offset = d[None, :] * left_row + r[:, None]
-        left_inside = r[:, None] < stored(m) - row
+        left_inside = r[:, None] < stored_m - row
         left_depth = k
     else:
         left_tile += row.to(tl.int64) * left_row
         left_offset = r[:, None] * left_row + d[None, :]
         left_inside = r[:, None] < m - row
-        left_depth = stored(k)
+        left_depth = stored_k
     right_offset = d[:, None] * right_row + r[None, :]
-    right_inside = r[None, :] < stored(n) - column
+    right_inside = r[None, :] < stored_n - column
 
     first = 0
     if START == "row":
         first = row
     if START == "column":
         first = column
-    steps = tl.cdiv(k - first, DEPTH)
+    steps = (k - first + DEPTH - 1) // DEPTH
     total = tl.zeros((BLOCK, BLOCK), TOTAL)
     for step in range(0, PIECES * steps):
         here = right_tile
@@ -145,7 +142,7 @@ def product_kernel(
 
     inside_row = r[:, None] < m - row
     inside = inside_row & (r[None, :] < n - column)
-    inside_stored = inside_row & (r[None, :] < stored(n) - column)
+    inside_stored = inside_row & (r[None, :] < stored_n - column)
     if EPILOGUE == "dot" or EPILOGUE == "divide":
         other_tile = other_ptr + (batch * other_batch + row.to(tl.int64) * other_row + column)
         other = tl.load(
@@ -436,27 +433,27 @@ def cases(
     }
     found = []
     for config in CONFIGS[dtype]:
-        constants: dict[str, Any] = {
-            "LEFT_TRANSPOSED": left_transposed,
-            "PIECES": pieces,
-            "OUT_PIECES": out_pieces,
-            "OUT_STORED": out_stored and epilogue in ("store", "divide"),
-            "START": start,
-            "EPILOGUE": epilogue,
-            "TOTAL": tl.float64 if total == "fp64" else tl.float32,
-            "PRECISION": "ieee",
-            "BLOCK": config.block,
-            "DEPTH": config.depth,
-            "GROUP": GROUP,
-        }
         for odd in (False, True):
             # sizes may be odd, and then the rows of a result that is not stored like an operand
             unaligned = {"m", "n", "k"} if odd else set()
             if odd and not out_stored:
                 unaligned |= {"out_batch", "out_row"}
+            constants: dict[str, Any] = {
+                "LEFT_TRANSPOSED": left_transposed,
+                "PIECES": pieces,
+                "OUT_PIECES": out_pieces,
+                "OUT_STORED": odd and out_stored and epilogue in ("store", "divide"),
+                "START": start,
+                "EPILOGUE": epilogue,
+                "TOTAL": tl.float64 if total == "fp64" else tl.float32,
+                "PRECISION": "ieee",
+                "BLOCK": config.block,
+                "DEPTH": config.depth,
+                "GROUP": GROUP,
+            }
             case = Case(
                 kernel=product_kernel,
-                helpers=(truncate, stored),
+                helpers=(truncate,),
                 label=f"{name} {label}" + " odd" * odd,
                 signature=signature,
                 constants=constants,

@@ -23,7 +23,7 @@ from torch import Tensor
 
 from deaddir_fast.kernels import interpreted
 from deaddir_fast.kernels._case import Case
-from deaddir_fast.kernels._product import NAMES, device_limits, product_dtype, store, stored
+from deaddir_fast.kernels._product import NAMES, device_limits, product_dtype, store
 
 
 @triton.jit
@@ -47,13 +47,15 @@ def form_kernel(
 
     ``STORED``: square ends in zeros like an operand of a product, as rows always does.
     """
-    blocks = tl.cdiv(p, BLOCK_P)
-    chunks = tl.cdiv(i, CHUNK)
+    blocks = (p + BLOCK_P - 1) // BLOCK_P
+    chunks = (i + CHUNK - 1) // CHUNK
     program = tl.program_id(0)
     part = program // blocks
     direction = (program % blocks) * BLOCK_P
     row = (part // chunks) * BLOCK
     column = (part % chunks) * CHUNK
+    rows_end = (i + 15) // 16 * 16  # the compiler sees that it is a multiple of 16
+    square_end = rows_end if STORED else i
 
     r = tl.arange(0, BLOCK)
     q = tl.arange(0, BLOCK_P)
@@ -69,24 +71,23 @@ def form_kernel(
     for start in range(column, min(column + CHUNK, i), DEPTH):
         left = tl.load(
             square + start + square_offset,
-            mask=inside_row[:, None] & (d[None, :] < (stored(i) if STORED else i) - start),
+            mask=inside_row[:, None] & (d[None, :] < square_end - start),
             other=0.0,
         )
         right = tl.load(
             rows + start + rows_offset,
-            mask=(d[:, None] < stored(i) - start) & inside_direction[None, :],
+            mask=(d[:, None] < rows_end - start) & inside_direction[None, :],
             other=0.0,
         )
         total = tl.dot(left, right, total, input_precision=PRECISION, out_dtype=TOTAL)
 
-    inside = inside_row[:, None] & inside_direction[None, :]
     again = tl.load(
         rows + row + (r[:, None] + q[None, :] * rows_row),
-        mask=inside,
+        mask=(r[:, None] < rows_end - row) & inside_direction[None, :],
         other=0.0,
     )
     # beyond the edge an infinite direction has met a zero
-    terms = tl.where(inside, total * again.to(TOTAL), 0.0)
+    terms = tl.where(inside_row[:, None], total * again.to(TOTAL), 0.0)
     place = out_ptr + part.to(tl.int64) * p + direction
     tl.store(place + q, tl.sum(terms, 0), mask=inside_direction)
 
@@ -257,7 +258,6 @@ def _case(dtype: torch.dtype, config: Config, *, odd: bool) -> Case:
         unaligned |= {"square_row"}
     return Case(
         kernel=form_kernel,
-        helpers=(stored,),
         label=name + " odd" * odd,
         signature=signature,
         constants=constants,
