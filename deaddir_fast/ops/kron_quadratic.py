@@ -38,30 +38,21 @@ def reference(A: Tensor, G: Tensor, U: Tensor) -> Tensor:
     return torch.cat(parts).clamp(min=0)
 
 
-#: A factorisation in fp64 takes the time of this many multiply-adds of a product for each of its
-#: own, and the checks before it that of a small product.
-_FACTORISATION, _CHECKS = 8, 5e7
+def cholesky_factors(A: Tensor, G: Tensor) -> tuple[Tensor, Tensor] | None:
+    """Return lower triangular L_A, L_G in fp64 with A = L_A L_A^T and G = L_G L_G^T.
 
-
-def cholesky_factors(A: Tensor, G: Tensor, U: Tensor) -> tuple[Tensor, Tensor] | None:
-    """Return lower triangular L_A, L_G with A = L_A L_A^T, G = L_G L_G^T, where that pays.
-
-    The factorisation runs in fp64 and is rounded once to the dtype of the sums. None where it costs
-    more than it saves, or where a factor has none: it is not exactly symmetric, not finite or only
-    semi-definite.
+    None where there are none: a factor is not exactly symmetric, not finite or only semi-definite.
+    Waits for the device.
     """
-    p, o, i = U.shape
-    if p * o * i * (o + i) < _FACTORISATION * (o**3 + i**3) / 3 + _CHECKS:
-        return None
-    factors = []
+    found = []
     for square in (A, G):
-        if not torch.equal(square, square.mT):
+        if not torch.equal(square, square.mT):  # nor is NaN
             return None
-        factor, info = torch.linalg.cholesky_ex(square.double())
-        if int(info) != 0 or not bool(factor.diagonal().isfinite().all()):
+        factor, failed = torch.linalg.cholesky_ex(square.double())
+        if not bool((failed == 0) & factor.isfinite().all()):
             return None
-        factors.append(factor.to(accumulation(A, G, U)))
-    return factors[0], factors[1]
+        found.append(factor)
+    return found[0], found[1]
 
 
 def fake(A: Tensor, G: Tensor, U: Tensor) -> Tensor:

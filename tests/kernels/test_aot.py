@@ -103,7 +103,7 @@ def test_spills_and_compile_errors_are_refused():
 
 def test_the_command_prints_a_table_and_a_verdict(monkeypatch, capsys):
     case = FIRST[gram.gram_kernel, "bf16"]
-    monkeypatch.setattr(aot, "modules", lambda: iter([gram]))
+    monkeypatch.setattr(aot, "modules", lambda: [gram])  # the other files are in no manifest here
     monkeypatch.setattr(aot, "manifest", lambda: [case])
     assert aot.main() == 0
     printed = capsys.readouterr().out

@@ -51,10 +51,21 @@ def _kron_solve(A: Tensor, G: Tensor, U: Tensor, damping: float) -> Tensor:
     return parts[0] if len(parts) == 1 else torch.cat(parts)
 
 
+#: A factorisation in fp64 takes the time of this many multiply-adds of a product for each of its
+#: own, and the checks before it that of a small product (measured).
+FACTORISATION, CHECKS = 8, 5e7
+
+
+def pays(p: int, o: int, i: int) -> bool:
+    """Whether half the products save more than the Cholesky factors cost."""
+    return p * o * i * (o + i) > FACTORISATION * (o**3 + i**3) / 3 + CHECKS
+
+
 def _kron_quadratic(A: Tensor, G: Tensor, U: Tensor) -> Tensor:
-    out = torch.empty(U.shape[0], dtype=accumulation(A, G, U))
-    factors = cholesky_factors(A, G, U)
-    a, g = (A, G) if factors is None else factors
+    total = accumulation(A, G, U)
+    out = torch.empty(U.shape[0], dtype=total)
+    factors = cholesky_factors(A, G) if pays(*U.shape) else None
+    a, g = (A, G) if factors is None else (factor.to(total) for factor in factors)
     extension().kron_quadratic(
         a.contiguous(),
         g.contiguous(),

@@ -8,6 +8,12 @@ from deaddir_fast.ops._triton.curvature import (
     directional_curvature_rank1,
 )
 from deaddir_fast.ops._triton.gram import gram, gram_, gram_packed, gram_packed_
+from deaddir_fast.ops._triton.kron import (
+    kron_matvec,
+    kron_quadratic,
+    kron_quadratic_rank1,
+    kron_solve,
+)
 
 __all__ = [
     "directional_curvature",
@@ -16,4 +22,8 @@ __all__ = [
     "gram_",
     "gram_packed",
     "gram_packed_",
+    "kron_matvec",
+    "kron_quadratic",
+    "kron_quadratic_rank1",
+    "kron_solve",
 ]
