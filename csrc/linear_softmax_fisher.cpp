@@ -20,7 +20,7 @@ constexpr double kSerialFlops = 2e6;         // below this a second thread costs
 
 using Wide = Vector<double>;
 
-// The moments of one panel of samples: largest logit and mass, then three values a direction.
+// What is known of one panel of samples so far; of one direction there.
 template <class T>
 struct State {
   static constexpr int64_t kVectors = kWidth<T> / kLanes<double>;
@@ -51,11 +51,11 @@ struct Lanes {
 
 // The weights e^(z - top) of a strip, in place of its logits.
 template <class T, int V>
-struct Weights {
+struct StripWeights {
   Lanes<T, V> top, mass;
   Vector<Lane<T>> likeliest[V];
 
-  Weights(T* __restrict z, int64_t rows) {
+  StripWeights(T* __restrict z, int64_t rows) {
     constexpr T inf = std::numeric_limits<T>::infinity();
     for (int k = 0; k < V; ++k) {
       top.v[k] = Vector<T>{} - inf;
@@ -82,7 +82,7 @@ struct Weights {
 
 // Joins the tangents of a strip to their moments.
 template <class T, int V>
-void join_tangent(const Weights<T, V>& weights, const T* __restrict weight, const T* __restrict x,
+void join_tangent(const StripWeights<T, V>& weights, const T* __restrict weight, const T* __restrict x,
                   int64_t rows, const Join<Wide>* joins, Moments<Wide>* moments) {
   T anchors[V * kLanes<T>];
   for (int k = 0; k < V; ++k)
@@ -123,12 +123,11 @@ void join_strip(T* strips, int64_t stride, const Array& bias, int64_t c0, int64_
         store(at, load(at) + add[r]);
       }
   }
-  const Weights<T, V> weights(strips, rows);
-  alignas(64) unsigned char storage[wide * sizeof(Join<Wide>)];
-  Join<Wide>* joins = reinterpret_cast<Join<Wide>*>(storage);
+  const StripWeights<T, V> weights(strips, rows);
+  Join<Wide> joins[wide];
   for (int64_t j = 0; j < wide; ++j)
-    new (joins + j) Join<Wide>(state.mass[j], {weights.top.wide(j * kLanes<double>),
-                                               weights.mass.wide(j * kLanes<double>)});
+    joins[j] = Join<Wide>(state.mass[j], {weights.top.wide(j * kLanes<double>),
+                                          weights.mass.wide(j * kLanes<double>)});
   for (int64_t q = 0; q < p; ++q)
     join_tangent<T, V>(weights, strips, strips + (q + 1) * stride, rows, joins,
                        tangents[q].moments);

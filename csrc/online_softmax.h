@@ -48,6 +48,7 @@ struct Moments {
 template <class V>
 class Join {
  public:
+  Join() = default;
   Join(Mass<V>& all, const Mass<V>& part) {
     all_first_ = all.top >= part.top;
     const V top = all_first_ ? all.top : part.top, finite = finite_top<V>(top);
