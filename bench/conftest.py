@@ -20,7 +20,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     group.addoption(
         "--threads", type=int, default=torch.get_num_threads(), help="threads of every case"
     )
-    group.addoption("--seconds", type=float, default=3.0, help="time for the rounds of each case")
+    group.addoption("--seconds", type=float, default=2.0, help="time for the rounds of each case")
     group.addoption(
         "--results",
         nargs="?",
@@ -36,6 +36,7 @@ class Collected:
 
     def __init__(self, threads: int) -> None:
         self.threads = threads
+        self.load = os.getloadavg()[0]
         self.peaks = peak.measure(threads)
         self.rows: list[dict[str, Any]] = []
 
@@ -70,5 +71,6 @@ def collected(request: pytest.FixtureRequest) -> Iterator[Collected]:
     found.finish()
     path = Path(option("--results")) if option("--results") else results.cpu_file()
     machine = results.machine(f"{results.cpu_name()}, {os.cpu_count()} cores")
+    machine["load"] = found.load
     results.write(path, {"machine": machine, "peaks": found.peaks, "rows": found.rows})
     say(f"\nwritten: {path}")

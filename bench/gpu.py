@@ -35,16 +35,15 @@ if TYPE_CHECKING:
     from bench.problems import Problem
 
 #: Seconds below which a step is not begun.
-LEAST = {"checks": 15.0, "row": 10.0, "compile": 45.0, "tests": 20.0}
+LEAST = {"checks": 15.0, "row": 10.0, "tests": 20.0}
+#: Seconds after which the checks of one problem end: every shape and type may mean a compilation.
+CHECKS = 25.0
 
 
 #: Exit status of a worker whose device no longer answers: go on in a new process.
 RESTART = 75
 #: Deaths of the worker after which the rest is given up.
 RESTARTS = 12
-
-
-_BEGAN = " (began, ran out of time)"
 
 
 class OutOfTime(BaseException):
@@ -135,7 +134,6 @@ class Run:
         )
         if options.resume and self.path.exists():
             self.content |= results.read(self.path)
-            self.content["not_run"] = [s for s in self.content["not_run"] if _BEGAN in s]
             if self.content["begun"] is not None:  # the process died in it
                 self.failed(self.content["begun"], "the process died")
 
@@ -155,6 +153,8 @@ class Run:
         before = time.time()
         if what in self.content["done"]:
             return
+        if what in self.content["not_run"]:  # by an earlier process
+            self.content["not_run"].remove(what)
         if self.left < least:
             self.content["not_run"].append(what)
             return
@@ -164,7 +164,7 @@ class Run:
             with alarm(self.left):
                 act()
         except OutOfTime:
-            self.content["not_run"].append(what + _BEGAN)
+            self.content["not_run"].append(f"{what} (began, ran out of time)")
         except Exception as error:  # whatever it raises must not stop the others
             self.failed(what, f"{type(error).__name__}: {error}")
         self.content["done"].append(what)
@@ -194,10 +194,16 @@ class Run:
         self.content["peaks"] = ceilings(self.device, self.options.check)
 
     def check(self, problem: Problem) -> None:
-        """Check one kernel over shapes and types."""
+        """Check one kernel over shapes and types, as far as its share of the time goes."""
         from bench.gpu_checks import checks
 
-        for record in checks(problem, self.device.name, tiny=self.options.check):
+        end = time.time() + CHECKS
+        planned = checks(problem, self.device.name, tiny=self.options.check)
+        for k, check in enumerate(planned):
+            if time.time() > end:
+                self.content["not_run"].append(f"{len(planned) - k} checks of {problem.name}")
+                return
+            record = check()
             self.content["checks"].append(record)
             if record["verdict"] != "ok":
                 where = f"{record['problem']} {record['shape']} {record['dtype']}"
@@ -209,7 +215,9 @@ class Run:
         """Gate and time one case."""
         from bench.gpu_row import rows
 
-        compiled = case.compile and not self.options.no_compile and self.left > LEAST["compile"]
+        # compiling takes long: not in the last third, which is for further rows
+        compiled = case.compile and not self.options.no_compile
+        compiled = compiled and self.left > self.options.budget / 3
         self.content["rows"] += rows(case, self.device, self.content["peaks"], compiled)
 
     def pytest(self) -> None:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any
 
 import torch
@@ -31,20 +32,34 @@ def message(error: BaseException) -> str:
     return f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
 
 
-def checks(problem: Problem, device: str, *, tiny: bool) -> Iterator[dict[str, Any]]:
-    """Run the checks of a problem one by one, each to a record with its verdict."""
-    sizes = problem.small[:-1] if tiny else problem.small  # the last is the largest
-    dtypes = [d for d in NAMES if not (tiny and d == torch.float16)]
-    first = problem.small[0]
+def checks(problem: Problem, device: str, *, tiny: bool) -> list[Callable[[], dict[str, Any]]]:
+    """List the checks of a problem; each, called, gives a record with its verdict.
+
+    The most telling come first: each shape and type may have to be compiled.
+    """
+    return [partial(_checked, problem, *each, device) for each in _planned(problem, tiny)]
+
+
+def _planned(problem: Problem, tiny: bool) -> Iterator[tuple[str, Sizes, torch.dtype]]:
+    first, *others, largest = problem.small
+    dtypes = (torch.float32, torch.bfloat16, torch.float64, torch.float16)[: 3 if tiny else 4]
+    if not tiny:
+        for dtype in dtypes[:2]:
+            yield "values", largest, dtype
     for dtype in dtypes:
-        for size in sizes:
-            yield _checked(problem, size, dtype, device, "values")
-    yield _checked(problem, first, torch.float32, device, "strided inputs")
-    yield _checked(problem, first, torch.float32, device, "opcheck")
+        yield "values", first, dtype
+    yield "strided inputs", first, torch.float32
+    yield "opcheck", first, torch.float32
+    for dtype in dtypes:
+        for size in others:
+            yield "values", size, dtype
+    if not tiny:
+        for dtype in dtypes[2:]:
+            yield "values", largest, dtype
 
 
 def _checked(
-    problem: Problem, sizes: Sizes, dtype: torch.dtype, device: str, what: str
+    problem: Problem, what: str, sizes: Sizes, dtype: torch.dtype, device: str
 ) -> dict[str, Any]:
     record: dict[str, Any] = {
         "problem": problem.name,

@@ -104,6 +104,8 @@ def caption(content: dict[str, Any]) -> str:
     text = "; ".join(parts) + "."
     if content.get("note"):
         text += f" {content['note']}"
+    if m.get("load", 0) > 0.5:
+        text += f" Other work ran on the machine (load {m['load']:.1f} before the run)."
     return f"{text} {ceilings(content)}"
 
 
@@ -182,7 +184,11 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--readme", action="store_true", help="rewrite the tables in README.md")
     chosen = parser.parse_args(arguments)
     if chosen.readme:
-        README.write_text(rewritten(README.read_text(), chosen.file))
+        text = rewritten(README.read_text(), chosen.file)
+        if chosen.file is not None and f"bench/results/{chosen.file.name} -->" not in text:
+            print(f"README.md has no marked table of the kind of {chosen.file}", file=sys.stderr)
+            return 1
+        README.write_text(text)
         return 0
     path = chosen.file or cpu_file()
     if not path.exists():

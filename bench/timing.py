@@ -36,7 +36,7 @@ class Race:
         self._round = 0
         self.samples: dict[str, list[float]] = {name: [] for name in (self._name, *self._others)}
 
-    def rounds(self, seconds: float, least: int = 7, most: int = 200) -> int:
+    def rounds(self, seconds: float, least: int = 5, most: int = 200) -> int:
         """Run one round to warm up and judge by it how many fit in ``seconds``."""
         self.others()
         self.first()

@@ -88,6 +88,13 @@ def test_missed_targets_are_named():
     assert list(table.notes(content(*met))) == []
 
 
+def test_the_caption_owns_up_to_other_work():
+    quiet = content(row("c", "ours", 0.010))
+    assert "Other work" not in table.caption(quiet)
+    quiet["machine"]["load"] = 3.2
+    assert "Other work ran on the machine (load 3.2 before the run)" in table.caption(quiet)
+
+
 def test_retargeting_a_table(tmp_path, monkeypatch):
     monkeypatch.setattr(table, "ROOT", tmp_path)
     files = {name: tmp_path / f"{name}.json" for name in ("cpu-old", "cpu-new", "gpu-a")}

@@ -123,6 +123,14 @@ def test_what_does_not_fit_in_the_budget_is_listed(tmp_path):
     assert len(found["not_run"]) > len(KERNELS)
 
 
+def test_checks_that_take_too_long_are_cut_and_listed(tmp_path, monkeypatch):
+    monkeypatch.setattr(gpu, "CHECKS", -1.0)
+    status, found = run(tmp_path / "found.json", "--only=gram_packed")
+    assert status == 0
+    assert found["checks"] == []
+    assert any(note.endswith("checks of gram_packed") for note in found["not_run"])
+
+
 def test_an_alarm_interrupts_a_step():
     with pytest.raises(gpu.OutOfTime), gpu.alarm(0.05):
         while True:
