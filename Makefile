@@ -92,9 +92,13 @@ format: setup
 	$(PY) -m ruff check --fix-only .
 	$(PY) -m ruff format .
 
+# Measures everything, writes bench/results/cpu-<machine>.json and prints its table. With ARGS that
+# leave cases out, nothing is written. On a machine with a GPU: python bench/gpu.py
 bench: setup
-	$(PY) -m pytest -q bench --benchmark-only --benchmark-columns=min,median,iqr,rounds $(ARGS) \
-	  $(ALLOW_NONE)
+	@code=0; \
+	$(PY) -m pytest -q bench --benchmark-only --benchmark-columns=min,median,iqr,rounds \
+	  $(ARGS) --results || code=$$?; \
+	$(PY) -m bench.table; exit $$((code == 5 ? 0 : code))
 
 # ---------------------------------------------------------------------------------------- tidy
 

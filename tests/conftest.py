@@ -6,12 +6,16 @@ import os
 import random
 import sys
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
 import torch._dynamo.trace_rules  # its table of torch functions must hold the unpoisoned ones
+
+# bench is a package of the repository; `python -m pytest` finds it there, plain `pytest` does not
+sys.path.append(str(Path(__file__).resolve().parents[1]))
 
 INTERPRETING = os.environ.get("TRITON_INTERPRET", "") not in ("", "0")
 
