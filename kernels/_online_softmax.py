@@ -4,7 +4,7 @@ What is known of some of the classes is the state
 
     top       largest logit
     mass      sum of e^(z - top)
-    anchor    tangent at the likeliest class
+    anchor    tangent at the likeliest class (of several, the largest)
     offset    mean of the tangent, minus the anchor
     variance  variance of the tangent
 
@@ -58,11 +58,21 @@ def nonzero(mass):
 
 @triton.jit
 def weigh(z):
-    """Top, its column, mass and shares of the mass in each row of a tile of logits."""
-    top, which = tl.max(z, 1, return_indices=True)
+    """Top, mass, shares of the mass and the largest share in each row of a tile of logits."""
+    top = tl.max(z, 1)
     weight = exponential(z - finite(top)[:, None])
     mass = tl.sum(weight, 1)
-    return top, which, mass, weight * (1.0 / nonzero(mass))[:, None]
+    largest = tl.where(mass == 0.0, 0.0, 1.0 / nonzero(mass))  # e^0 is 1
+    return top, mass, weight * largest[:, None], largest
+
+
+@triton.jit
+def anchor_of(share, largest, tangent):
+    """The tangent at the likeliest class of each row; one that exists, so that equal ones cancel.
+
+    A maximum needs no index to be carried along and no second look at memory.
+    """
+    return tl.max(tl.where(share == largest[:, None], tangent, -float("inf")), 1)
 
 
 @triton.jit
@@ -147,8 +157,8 @@ BLOCK = 128
 
 
 def states(out: Tensor, splits: int, planes: int = PLANES) -> Tensor:
-    """Workspace for the states of each split; ``out`` itself where there is only one."""
-    return out if splits == 1 else out.new_empty((splits, planes, *out.shape))
+    """Workspace for the states of each split."""
+    return out.new_empty((splits, planes, *out.shape))
 
 
 def merge_splits(state: Tensor, out: Tensor, kernel: Any = merge_splits_kernel) -> None:
@@ -173,11 +183,16 @@ def row_major(x: Tensor) -> Tensor:
     return x if x.shape[-1] <= 1 or x.stride(-1) == 1 else x.contiguous()
 
 
-def processors(device: torch.device) -> int:
-    """Multiprocessors of a device; 1 in the interpreter, where nothing runs side by side."""
+def limits(device: torch.device) -> tuple[int, int]:
+    """Shared memory of a block in bytes, and multiprocessors.
+
+    One multiprocessor in the interpreter, where nothing runs side by side.
+    """
     if device.type != "cuda":
-        return 1
-    return torch.cuda.get_device_properties(device).multi_processor_count
+        return 64 * 1024, 1
+    properties = torch.cuda.get_device_properties(device)
+    shared = getattr(properties, "shared_memory_per_block_optin", 0)
+    return shared or properties.shared_memory_per_block, properties.multi_processor_count
 
 
 # --- ahead-of-time cases --------------------------------------------------------------------------

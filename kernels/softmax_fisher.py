@@ -19,6 +19,7 @@ from torch import Tensor
 from deaddir_fast.kernels import _online_softmax as online
 from deaddir_fast.kernels._case import Case
 from deaddir_fast.kernels._online_softmax import (
+    anchor_of,
     exponential,
     finite,
     join,
@@ -78,8 +79,7 @@ def softmax_fisher_kernel(
         z = tl.load(
             logits_row[:, None] + (first + column)[None, :], mask=inside, other=-float("inf")
         ).to(TOTAL)
-        new_top, which, new_mass, share = weigh(z)
-        likeliest = tl.minimum(first + which, c - 1)
+        new_top, new_mass, share, largest = weigh(z)
         keep = top >= new_top
         top, mass, part, new_part = join(top, mass, new_top, new_mass)
         merged = ((), (), ())
@@ -89,7 +89,7 @@ def softmax_fisher_kernel(
             t = tl.load(
                 of_direction[:, None] + (first + column)[None, :], mask=inside & known, other=0.0
             ).to(TOTAL)
-            new_anchor = tl.load(of_direction + likeliest, mask=live & known, other=0.0).to(TOTAL)
+            new_anchor = anchor_of(share, largest, t)
             new_offset, new_variance = moments(t - new_anchor[:, None], share)
             a, o, v = merge(
                 keep,
@@ -213,11 +213,11 @@ def softmax_fisher(
         config = choose(CONFIGS[tangent.dtype], p, c)
     grid = programs(config, p, n)
     if span is None:
-        wanted = WARPS * online.processors(tangent.device)
+        wanted = WARPS * online.limits(tangent.device)[1]
         splits, span = online.split(c, config.classes, grid, wanted)
     else:
         splits = -(-c // span)
-    state = online.states(out, splits)
+    state = online.states(out, splits) if splits > 1 else out
     with torch.cuda.device_of(tangent):
         softmax_fisher_kernel[(grid * splits,)](
             logits,
@@ -301,6 +301,7 @@ def aot() -> list[Case]:
         finite,
         nonzero,
         weigh,
+        anchor_of,
         moments,
         join,
         merge,

@@ -25,7 +25,14 @@ from torch import Tensor
 
 from deaddir_fast.kernels import _online_softmax as online
 from deaddir_fast.kernels._case import Case
-from deaddir_fast.kernels._online_softmax import exponential, finite, join, nonzero, weigh
+from deaddir_fast.kernels._online_softmax import (
+    anchor_of,
+    exponential,
+    finite,
+    join,
+    nonzero,
+    weigh,
+)
 from deaddir_fast.kernels.softmax_fisher import WARPS, Config, cases, choose, programs, table
 
 #: 1/2!, 1/3!, ...: e^x - 1 - x = x^2 (1/2! + x/3! + ...) for |x| <= 1, to fp64 rounding.
@@ -95,11 +102,12 @@ def log_sum(a, b):
 
 
 @triton.jit
-def tile_divergence(z, moved, anchor, share, log_share):
-    """Offset of the mean from the anchor, D and log of the gained mass for each row of a tile."""
+def tile_divergence(z, moved, share, largest, log_share):
+    """Anchor, offset, D and log of the gained mass for each row of a tile."""
     absent = z == -float("inf")
     lost = (moved == -float("inf")) & (z != -float("inf"))
     delta = tl.where(absent | lost, 0.0, moved - z)
+    anchor = anchor_of(share, largest, delta)
     x = delta - anchor[:, None]
     offset = tl.sum(share * x, 1)
     x -= offset[:, None]
@@ -119,7 +127,7 @@ def tile_divergence(z, moved, anchor, share, log_share):
 
     unbounded = lost | (absent & (moved == float("inf")))
     power = tl.where(unbounded, float("inf"), tl.where(absent, power, 0.0))
-    return offset, divergence, most + tl.log(tl.sum(power, 1))
+    return anchor, offset, divergence, most + tl.log(tl.sum(power, 1))
 
 
 @triton.jit
@@ -220,9 +228,8 @@ def softmax_kl_kernel(
         z = tl.load(
             logits_row[:, None] + (first + column)[None, :], mask=inside, other=-float("inf")
         ).to(TOTAL)
-        new_top, which, new_mass, share = weigh(z)
+        new_top, new_mass, share, largest = weigh(z)
         log_share = (z - finite(new_top)[:, None]) - tl.log(nonzero(new_mass))[:, None]
-        likeliest = tl.minimum(first + which, c - 1)
         keep = top >= new_top
         joint, total, old_part, new_part = join(top, mass, new_top, new_mass)
         log_old, log_new = log_shares(top, mass, new_top, new_mass, joint, total)
@@ -237,11 +244,8 @@ def softmax_kl_kernel(
                 mask=inside & known,
                 other=-float("inf"),
             ).to(TOTAL)
-            there = tl.load(of_point + likeliest, mask=live & known, other=0.0).to(TOTAL)
-            nothing = (new_top == -float("inf")) | (there == -float("inf"))
-            new_anchor = tl.where(nothing, 0.0, there - new_top)
-            new_offset, new_divergence, new_gained = tile_divergence(
-                z, moved, new_anchor, share, log_share
+            new_anchor, new_offset, new_divergence, new_gained = tile_divergence(
+                z, moved, share, largest, log_share
             )
             a, o, d = merge_divergence(
                 keep,
@@ -368,11 +372,11 @@ def softmax_kl(
         config = choose(CONFIGS[logits_t.dtype], q, c)
     grid = programs(config, q, n)
     if span is None:
-        wanted = WARPS * online.processors(logits_t.device)
+        wanted = WARPS * online.limits(logits_t.device)[1]
         splits, span = online.split(c, config.classes, grid, wanted)
     else:
         splits = -(-c // span)
-    state = online.states(out, splits, PLANES)
+    state = online.states(out, splits, PLANES) if splits > 1 else out
     with torch.cuda.device_of(logits_t):
         softmax_kl_kernel[(grid * splits,)](
             logits,
@@ -414,7 +418,7 @@ def aot() -> list[Case]:
         log_shares,
         finish,
     )
-    helpers = (*shared, weigh, *merging, tile_divergence)
+    helpers = (*shared, weigh, anchor_of, *merging, tile_divergence)
     return [
         *cases(softmax_kl_kernel, helpers, CONFIGS),
         *online.merge_cases(merge_kl_splits_kernel, (*shared, *merging)),
