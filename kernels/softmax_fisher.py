@@ -63,8 +63,9 @@ def softmax_fisher_kernel(
     program = program // blocks
     split = program // tiles
     sample = program % tiles * BLOCK_N + tl.arange(0, BLOCK_N)
-    live = sample < n
-    row = sample.to(tl.int64)
+    # Rows beyond the last sample or direction read the last one, and are not stored: masks hold
+    # registers.
+    row = tl.minimum(sample, n - 1).to(tl.int64)
     logits_row = logits_ptr + row * logits_stride
     tangent_row = tangent_ptr + row * sample_stride
     column = tl.arange(0, BLOCK_C)
@@ -75,20 +76,17 @@ def softmax_fisher_kernel(
     offset = anchor
     variance = anchor
     for first in range(split * span, tl.minimum(split * span + span, c), BLOCK_C):
-        inside = live[:, None] & (first + column < c)[None, :]
-        z = tl.load(
-            logits_row[:, None] + (first + column)[None, :], mask=inside, other=-float("inf")
-        ).to(TOTAL)
+        known = (first + column < c)[None, :]
+        here = (first + column)[None, :]
+        z = tl.load(logits_row[:, None] + here, mask=known, other=-float("inf")).to(TOTAL)
         new_top, new_mass, share, largest = weigh(z)
         keep = top >= new_top
         top, mass, part, new_part = join(top, mass, new_top, new_mass)
         merged = ((), (), ())
         for j in tl.static_range(BLOCK_P):
-            known = direction + j < p
-            of_direction = tangent_row + tl.cast(direction + j, tl.int64) * direction_stride
-            t = tl.load(
-                of_direction[:, None] + (first + column)[None, :], mask=inside & known, other=0.0
-            ).to(TOTAL)
+            which = tl.cast(tl.minimum(direction + j, p - 1), tl.int64)
+            tangent_line = tangent_row + which * direction_stride
+            t = tl.load(tangent_line[:, None] + here, mask=known, other=0.0).to(TOTAL)
             new_anchor = anchor_of(share, largest, t)
             new_offset, new_variance = moments(t - new_anchor[:, None], share)
             a, o, v = merge(
@@ -109,8 +107,8 @@ def softmax_fisher_kernel(
 
     plane = tl.cast(p, tl.int64) * n
     for j in tl.static_range(BLOCK_P):
-        at = tl.cast(direction + j, tl.int64) * n + row
-        stored = live & (direction + j < p)
+        at = tl.cast(direction + j, tl.int64) * n + sample
+        stored = (sample < n) & (direction + j < p)
         if SPLIT:
             at += split * 5 * plane
             store_state(out_ptr, at, plane, stored, top, mass, anchor[j], offset[j], variance[j])
@@ -260,19 +258,20 @@ def case(
     name = online.NAMES[dtype]
     wide = "fp64" if dtype == torch.float64 else "fp32"
     pointers = dict(zip(kernel.arg_names, (f"*{name}", f"*{name}", f"*{wide}"), strict=False))
+    constants = {
+        "TOTAL": online.total(dtype),
+        "SPLIT": divided,
+        "BLOCK_P": config.directions,
+        "BLOCK_N": config.samples,
+        "BLOCK_C": config.classes,
+    }
     strides = dict.fromkeys(("c", "logits_stride", "direction_stride", "sample_stride"), "i32")
     return Case(
         kernel=kernel,
         helpers=helpers,
         label=name + " split" * divided + " even" * even,
         signature={**pointers, "p": "i32", "n": "i32", "span": "i32", **strides},
-        constants={
-            "TOTAL": online.total(dtype),
-            "SPLIT": divided,
-            "BLOCK_P": config.directions,
-            "BLOCK_N": config.samples,
-            "BLOCK_C": config.classes,
-        },
+        constants={name: value for name, value in constants.items() if name in kernel.arg_names},
         warps=1,
         stages=3,
         aligned=(*pointers, "span", *(strides if even else ())),

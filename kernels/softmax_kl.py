@@ -35,30 +35,52 @@ from deaddir_fast.kernels._online_softmax import (
 )
 from deaddir_fast.kernels.softmax_fisher import WARPS, Config, cases, choose, programs, table
 
-#: 1/2!, 1/3!, ...: e^x - 1 - x = x^2 (1/2! + x/3! + ...) for |x| <= 1, to fp64 rounding.
-SERIES = tl.constexpr(tuple(1 / factorial(k) for k in range(2, 19)))
+#: 1/2!, 1/3!, ...: e^x - 1 - x = x^2 (1/2! + x/3! + ...)
+SERIES = tl.constexpr(tuple(1 / factorial(k) for k in range(2, 13)))
 
 
 @triton.jit
 def excess(x):
-    """e^x - 1 - x for |x| <= 1, to full relative accuracy."""
-    TERMS: tl.constexpr = 17 if x.dtype == tl.float64 else 10
-    series = tl.zeros_like(x)
-    for k in tl.static_range(TERMS):
-        series = series * x + SERIES[TERMS - 1 - k]
-    return series * x * x
+    """E(x) = e^x - 1 - x for |x| <= 1, to full relative accuracy.
+
+    In fp64 from E(x/4), for which 11 terms do instead of 17: constants of 64 bits fill the scalar
+    registers of an AMD GPU. E(2y) = 2 E(y) + (y + E(y))^2.
+    """
+    if x.dtype == tl.float64:
+        y = 0.25 * x
+        series = tl.zeros_like(x)
+        for k in tl.static_range(11):
+            series = series * y + SERIES[10 - k]
+        series = series * y * y
+        for _ in tl.static_range(2):
+            series = 2.0 * series + (y + series) * (y + series)
+            y = 2.0 * y
+        return series
+    else:
+        series = tl.zeros_like(x)
+        for k in tl.static_range(10):
+            series = series * x + SERIES[9 - k]
+        return series * x * x
 
 
 @triton.jit
 def log1p(f):
-    """log(1 + f) for f >= 0, to full relative accuracy: 2 artanh(f / (2 + f)) up to 1."""
-    TERMS: tl.constexpr = 17 if f.dtype == tl.float64 else 8
-    s = f / (2.0 + f)
-    square = s * s
-    series = tl.zeros_like(f)
-    for k in tl.static_range(TERMS):
-        series = series * square + 1.0 / (2 * (TERMS - 1 - k) + 1)
-    return tl.where(f <= 1.0, 2.0 * s * series, tl.log(1.0 + f))
+    """log(1 + f) for f >= 0, to full relative accuracy.
+
+    fp64: log(u) f / (u - 1) at the rounded u = 1 + f, which asks for a logarithm good near 1
+    (Higham 2002, section 1.14.1). fp32: 2 artanh(f / (2 + f)) up to 1.
+    """
+    u = 1.0 + f
+    if f.dtype == tl.float64:
+        near = tl.where(u == 1.0, f, tl.log(u) * (f / (u - 1.0)))
+        return tl.where(f <= 1.0, near, tl.log(u))
+    else:
+        s = f / (2.0 + f)
+        square = s * s
+        series = tl.zeros_like(f)
+        for k in tl.static_range(8):
+            series = series * square + 1.0 / (2 * (7 - k) + 1)
+        return tl.where(f <= 1.0, 2.0 * s * series, tl.log(u))
 
 
 @triton.jit
@@ -195,93 +217,75 @@ def softmax_kl_kernel(
     sample_stride,
     TOTAL: tl.constexpr,
     SPLIT: tl.constexpr,
-    BLOCK_P: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_C: tl.constexpr,
 ):
-    """A block of points, a tile of samples and ``span`` classes.
+    """One of p points, a tile of samples and ``span`` classes.
 
     logits is (n, c) with row stride logits_stride; moved is (p, n, c) with strides
     direction_stride and sample_stride; out is (p, n), or states (splits, 6, p, n) if SPLIT.
     """
-    blocks = tl.cdiv(p, BLOCK_P)
+    # Points are neighbours in the grid: they meet the same logits in the cache.
     tiles = tl.cdiv(n, BLOCK_N)
-    program = tl.program_id(0)
-    point = program % blocks * BLOCK_P
-    program = program // blocks
+    point = tl.cast(tl.program_id(0) % p, tl.int64)
+    program = tl.program_id(0) // p
     split = program // tiles
     sample = program % tiles * BLOCK_N + tl.arange(0, BLOCK_N)
-    live = sample < n
-    row = sample.to(tl.int64)
+    # Rows beyond the last sample read the last one, and are not stored: masks hold registers.
+    row = tl.minimum(sample, n - 1).to(tl.int64)
     logits_row = logits_ptr + row * logits_stride
-    moved_row = moved_ptr + row * sample_stride
+    moved_row = moved_ptr + (point * direction_stride + row * sample_stride)
     column = tl.arange(0, BLOCK_C)
 
     top = tl.full((BLOCK_N,), -float("inf"), TOTAL)
     mass = tl.zeros((BLOCK_N,), TOTAL)
-    anchor = (tl.zeros((BLOCK_N,), TOTAL),) * BLOCK_P
-    offset = anchor
-    divergence = anchor
-    gained = (top,) * BLOCK_P
+    anchor = tl.zeros((BLOCK_N,), TOTAL)
+    offset = tl.zeros((BLOCK_N,), TOTAL)
+    divergence = tl.zeros((BLOCK_N,), TOTAL)
+    gained = tl.full((BLOCK_N,), -float("inf"), TOTAL)
     for first in range(split * span, tl.minimum(split * span + span, c), BLOCK_C):
-        inside = live[:, None] & (first + column < c)[None, :]
-        z = tl.load(
-            logits_row[:, None] + (first + column)[None, :], mask=inside, other=-float("inf")
-        ).to(TOTAL)
+        known = (first + column < c)[None, :]
+        here = (first + column)[None, :]
+        z = tl.load(logits_row[:, None] + here, mask=known, other=-float("inf")).to(TOTAL)
+        moved = tl.load(moved_row[:, None] + here, mask=known, other=-float("inf")).to(TOTAL)
         new_top, new_mass, share, largest = weigh(z)
         log_share = (z - finite(new_top)[:, None]) - tl.log(nonzero(new_mass))[:, None]
+        new_anchor, new_offset, new_divergence, new_gained = tile_divergence(
+            z, moved, share, largest, log_share
+        )
         keep = top >= new_top
         joint, total, old_part, new_part = join(top, mass, new_top, new_mass)
         log_old, log_new = log_shares(top, mass, new_top, new_mass, joint, total)
+        anchor, offset, divergence = merge_divergence(
+            keep,
+            old_part,
+            new_part,
+            log_old,
+            log_new,
+            anchor,
+            offset,
+            divergence,
+            new_anchor,
+            new_offset,
+            new_divergence,
+        )
+        gained = log_sum(gained, new_gained)
         top = joint
         mass = total
-        merged = ((), (), (), ())
-        for j in tl.static_range(BLOCK_P):
-            known = point + j < p
-            of_point = moved_row + tl.cast(point + j, tl.int64) * direction_stride
-            moved = tl.load(
-                of_point[:, None] + (first + column)[None, :],
-                mask=inside & known,
-                other=-float("inf"),
-            ).to(TOTAL)
-            new_anchor, new_offset, new_divergence, new_gained = tile_divergence(
-                z, moved, share, largest, log_share
-            )
-            a, o, d = merge_divergence(
-                keep,
-                old_part,
-                new_part,
-                log_old,
-                log_new,
-                anchor[j],
-                offset[j],
-                divergence[j],
-                new_anchor,
-                new_offset,
-                new_divergence,
-            )
-            g = log_sum(gained[j], new_gained)
-            merged = (merged[0] + (a,), merged[1] + (o,), merged[2] + (d,), merged[3] + (g,))
-        anchor = merged[0]
-        offset = merged[1]
-        divergence = merged[2]
-        gained = merged[3]
 
     plane = tl.cast(p, tl.int64) * n
-    for j in tl.static_range(BLOCK_P):
-        at = tl.cast(point + j, tl.int64) * n + row
-        stored = live & (point + j < p)
-        if SPLIT:
-            state = out_ptr + (at + split * 6 * plane)
-            tl.store(state, top, mask=stored)
-            tl.store(state + plane, mass, mask=stored)
-            tl.store(state + 2 * plane, anchor[j], mask=stored)
-            tl.store(state + 3 * plane, offset[j], mask=stored)
-            tl.store(state + 4 * plane, divergence[j], mask=stored)
-            tl.store(state + 5 * plane, gained[j], mask=stored)
-        else:
-            result = finish(top, mass, anchor[j], offset[j], divergence[j], gained[j])
-            tl.store(out_ptr + at, result, mask=stored)
+    at = point * n + sample
+    stored = sample < n
+    if SPLIT:
+        state = out_ptr + (at + split * 6 * plane)
+        tl.store(state, top, mask=stored)
+        tl.store(state + plane, mass, mask=stored)
+        tl.store(state + 2 * plane, anchor, mask=stored)
+        tl.store(state + 3 * plane, offset, mask=stored)
+        tl.store(state + 4 * plane, divergence, mask=stored)
+        tl.store(state + 5 * plane, gained, mask=stored)
+    else:
+        tl.store(out_ptr + at, finish(top, mass, anchor, offset, divergence, gained), mask=stored)
 
 
 @triton.jit
@@ -332,10 +336,10 @@ def merge_kl_splits_kernel(state_ptr, out_ptr, plane, splits, BLOCK: tl.constexp
 
 #: By the type of the operands.
 CONFIGS: dict[torch.dtype, tuple[Config, ...]] = {
-    torch.bfloat16: table(128, 512, (1,)),
-    torch.float16: table(128, 512, (1,)),
-    torch.float32: table(128, 512, (1,)),
-    torch.float64: table(64, 256, (1,)),
+    torch.bfloat16: table(128, 256, (1,)),
+    torch.float16: table(128, 256, (1,)),
+    torch.float32: table(128, 256, (1,)),
+    torch.float64: table(64, 128, (1,)),
 }
 
 #: Planes of a state.
@@ -391,7 +395,6 @@ def softmax_kl(
             logits_t.stride(1),
             TOTAL=online.total(logits_t.dtype),
             SPLIT=splits > 1,
-            BLOCK_P=config.directions,
             BLOCK_N=config.samples,
             BLOCK_C=config.classes,
             num_warps=1,
