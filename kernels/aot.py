@@ -51,6 +51,8 @@ def _nvidia(name: str, arch: int, shared_limit: int, bf16: str, fp16: str) -> Ta
         # "ieee" products of fp32 have no matrix unit: a matrix instruction means tf32
         "fp32": Unit(r"fma\.rn\.f32", r"mma\.sync|wgmma|tcgen05|tf32"),
         "fp64": Unit(r"mma\.sync\S*\.f64|fma\.rn\.f64", r"wgmma|tcgen05|tf32"),
+        # no products of matrices: exponentials and sums
+        "elementwise": Unit(r"ex2\.approx|fma\.rn\.f64", r"mma\.sync|wgmma|tcgen05"),
     }
     return Target(name, "cuda", arch, 32, shared_limit, units)
 
@@ -71,6 +73,7 @@ TARGETS = (
             "fp16": Unit(r"v_mfma_f32_\d+x\d+x\d+_?f16"),
             "fp32": Unit(r"v_mfma_f32_\d+x\d+x\d+_?f32", r"v_mfma\w*(xf32|bf16|_f16)"),
             "fp64": Unit(r"v_mfma_f64_\d+x\d+x\d+_?f64", r"v_mfma_f32"),
+            "elementwise": Unit(r"v_exp_f32|v_fma\w*_f64", r"v_mfma"),
         },
     ),
 )

@@ -14,6 +14,7 @@ from deaddir_fast.ops._triton.kron import (
     kron_quadratic_rank1,
     kron_solve,
 )
+from deaddir_fast.ops._triton.softmax import linear_softmax_fisher, softmax_fisher, softmax_kl
 
 __all__ = [
     "directional_curvature",
@@ -26,4 +27,7 @@ __all__ = [
     "kron_quadratic",
     "kron_quadratic_rank1",
     "kron_solve",
+    "linear_softmax_fisher",
+    "softmax_fisher",
+    "softmax_kl",
 ]
