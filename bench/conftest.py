@@ -31,6 +31,17 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     )
 
 
+#: What became of the results file.
+OUTCOME = pytest.StashKey[str]()
+
+
+def pytest_terminal_summary(
+    terminalreporter: pytest.TerminalReporter, config: pytest.Config
+) -> None:
+    if OUTCOME in config.stash:
+        terminalreporter.write_line(config.stash[OUTCOME])
+
+
 class Collected:
     """The rows of this run, and the ceilings that they are set against."""
 
@@ -63,14 +74,13 @@ def collected(request: pytest.FixtureRequest) -> Iterator[Collected]:
     yield found
     if option("--results") is None:
         return
-    say = request.config.pluginmanager.get_plugin("terminalreporter").write_line
     missing = {case.name for case in CPU} - {row["case"] for row in found.rows}
     if missing:
-        say(f"\nresults not written: {len(missing)} of {len(CPU)} cases were not run")
+        request.config.stash[OUTCOME] = f"not written: {len(missing)} of {len(CPU)} cases not run"
         return
     found.finish()
     path = Path(option("--results")) if option("--results") else results.cpu_file()
     machine = results.machine(f"{results.cpu_name()}, {os.cpu_count()} cores")
     machine["load"] = found.load
     results.write(path, {"machine": machine, "peaks": found.peaks, "rows": found.rows})
-    say(f"\nwritten: {path}")
+    request.config.stash[OUTCOME] = f"written: {path}"
