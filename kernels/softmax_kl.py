@@ -16,8 +16,6 @@ e^(z + delta); it is inf if a class has lost all its mass.
 The programs are those of `softmax_fisher`; about 70 operations an entry against 4 or 2 bytes read.
 """
 
-from math import factorial
-
 import torch
 import triton
 import triton.language as tl
@@ -27,40 +25,15 @@ from deaddir_fast.kernels import _online_softmax as online
 from deaddir_fast.kernels._case import Case
 from deaddir_fast.kernels._online_softmax import (
     anchor_of,
+    excess,
     exponential,
     finite,
     join,
     nonzero,
+    power_of_two,
     weigh,
 )
 from deaddir_fast.kernels.softmax_fisher import WARPS, Config, cases, choose, programs, table
-
-#: 1/2!, 1/3!, ...: e^x - 1 - x = x^2 (1/2! + x/3! + ...)
-SERIES = tl.constexpr(tuple(1 / factorial(k) for k in range(2, 13)))
-
-
-@triton.jit
-def excess(x):
-    """E(x) = e^x - 1 - x for |x| <= 1, to full relative accuracy.
-
-    In fp64 from E(x/4), for which 11 terms do instead of 17: constants of 64 bits fill the scalar
-    registers of an AMD GPU. E(2y) = 2 E(y) + (y + E(y))^2.
-    """
-    if x.dtype == tl.float64:
-        y = 0.25 * x
-        series = tl.zeros_like(x)
-        for k in tl.static_range(11):
-            series = series * y + SERIES[10 - k]
-        series = series * y * y
-        for _ in tl.static_range(2):
-            series = 2.0 * series + (y + series) * (y + series)
-            y = 2.0 * y
-        return series
-    else:
-        series = tl.zeros_like(x)
-        for k in tl.static_range(10):
-            series = series * x + SERIES[9 - k]
-        return series * x * x
 
 
 @triton.jit
@@ -127,8 +100,8 @@ def log_sum(a, b):
 def tile_divergence(z, moved, share, largest, log_share):
     """Anchor, offset, D and log of the gained mass for each row of a tile."""
     absent = z == -float("inf")
-    lost = (moved == -float("inf")) & (z != -float("inf"))
-    delta = tl.where(absent | lost, 0.0, moved - z)
+    leaving = moved == -float("inf")
+    delta = tl.where(absent | leaving, 0.0, moved - z)
     anchor = anchor_of(share, largest, delta)
     x = delta - anchor[:, None]
     offset = tl.sum(share * x, 1)
@@ -136,7 +109,8 @@ def tile_divergence(z, moved, share, largest, log_share):
 
     exponent = log_share + x
     out = reference_exponent(tl.max(exponent, 1))
-    gained = tl.where(absent & (moved < float("inf")), moved, -float("inf"))
+    certain = moved == float("inf")
+    gained = tl.where(absent & (certain == 0), moved, -float("inf"))
     most = finite(tl.max(gained, 1))
     # one exponential serves all: classes gained, far above the mean, and the others
     far = x > 1.0
@@ -147,8 +121,8 @@ def tile_divergence(z, moved, share, largest, log_share):
     terms = tl.where(far, power - scaled * (1.0 + x), scaled * near)
     divergence = undo(tl.sum(tl.where(absent, 0.0, terms), 1), out)
 
-    unbounded = lost | (absent & (moved == float("inf")))
-    power = tl.where(unbounded, float("inf"), tl.where(absent, power, 0.0))
+    power = tl.where(absent, tl.where(certain, float("inf"), power), 0.0)
+    power = tl.where(leaving & (absent == 0), float("inf"), power)
     return anchor, offset, divergence, most + tl.log(tl.sum(power, 1))
 
 
@@ -339,7 +313,7 @@ CONFIGS: dict[torch.dtype, tuple[Config, ...]] = {
     torch.bfloat16: table(128, 256, (1,)),
     torch.float16: table(128, 256, (1,)),
     torch.float32: table(128, 256, (1,)),
-    torch.float64: table(64, 128, (1,)),
+    torch.float64: (Config(1, 4, 16), Config(1, 1, 64)),  # 128 classes spill on gfx942
 }
 
 #: Planes of a state.
@@ -408,10 +382,9 @@ def softmax_kl(
 
 def aot() -> list[Case]:
     """List the compilations that have to succeed without a device: all that can be launched."""
-    shared = (exponential, finite, nonzero, join)
+    shared = (excess, power_of_two, exponential, finite, nonzero, join)
     merging = (
         log1p,
-        excess,
         reference_exponent,
         kept,
         undo,
