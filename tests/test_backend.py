@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import threading
+from dataclasses import replace
 
 import pytest
 import torch
@@ -10,6 +11,7 @@ from deaddir_fast import _native
 from deaddir_fast._backend import backend, routes, unavailable
 from deaddir_fast.kernels import interpreted
 from deaddir_fast.ops import _dispatch, directional_curvature, gram, softmax_fisher
+from deaddir_fast.ops._dispatch import OPS
 
 torch.set_num_threads(1)
 
@@ -118,6 +120,8 @@ def test_a_forced_route_refuses_what_it_cannot_take(monkeypatch):
         pytest.raises(RuntimeError, match=r"gram: backend 'triton' is forced, .*on cpu"),
     ):
         gram(torch.randn(3, 2))
+    without = replace(OPS["softmax_fisher"], kernels=())
+    monkeypatch.setitem(OPS, "softmax_fisher", without)
     with backend("triton"):  # no Triton kernel: the reference
         assert softmax_fisher(torch.randn(3, 4), torch.randn(1, 3, 4)).shape == (1, 3)
     assert gram(torch.randn(3, 2)).shape == (2, 2)
