@@ -10,8 +10,8 @@
 // form without tokens is therefore about 2n/b FLOP per byte where U dominates: bound by memory
 // bandwidth below some tens of samples, by arithmetic above.
 //
-// Neither form writes an array of n p o elements. Without tokens the product U_p a lives in a
-// register tile and is multiplied by g there; with tokens tiles of M_n live in the level-two cache
+// Neither form writes an array of n p o elements. Without tokens the product g^T U_p lives in a
+// register tile and is multiplied by a there; with tokens tiles of M_n live in the level-two cache
 // and are used for every direction. Scratch: packed copies of the inputs of one pass, at most
 // 32 MiB or one sample block (of up to 2048 tokens) if that is larger, partial sums of about the
 // same size, and about half a MiB a thread.

@@ -4,8 +4,8 @@
 //   square = true    out_p = sum_oi (L_G^T U_p L_A)_oi^2              G = L_G L_G^T, A = L_A L_A^T
 //
 // Bounds. 2 p o i (o + i) FLOP, or half of it with the triangular factors, whose zeros are skipped;
-// b (p o i + o^2 + i^2) bytes. The second form is a sum of squares: it cannot be negative and costs
-// no digits to cancellation. Neither writes anything of the size of U: one product lives in the
+// b (p o i + o^2 + i^2) bytes. The second form is a sum of squares: it cannot be negative, and what
+// rounding leaves of a product that cancels is squared. Neither writes anything of the size of U: one product lives in the
 // cache, the other in registers, where it is reduced.
 //
 // Sums run in fp64 if any input is fp64, else in fp32 within a tile and fp64 over tiles. The result

@@ -150,9 +150,11 @@ inline void prefetch(const T* from, int64_t count) {
     __builtin_prefetch(from + k, 0, 3);
 }
 
+inline int64_t size_of(Type type) { return type == Type::f64 ? 8 : type == Type::f32 ? 4 : 2; }
+
 // Ask for `count` elements of `x` from `offset` ahead of their use.
 inline void prefetch(const Array& x, int64_t offset, int64_t count) {
-  const int64_t size = x.type == Type::f64 ? 8 : x.type == Type::f32 ? 4 : 2;
+  const int64_t size = size_of(x.type);
   const char* from = static_cast<const char*>(x.data) + offset * size;
   for (int64_t byte = 0; byte < count * size; byte += 64) __builtin_prefetch(from + byte, 0, 2);
 }

@@ -15,9 +15,7 @@ inline Vector<T> load_lanes(const T* from, AllLanes<T>) {
 }
 template <class T>
 inline Vector<T> load_lanes(const T* from, int count) {  // the others are 0
-  Vector<T> v{};
-  std::memcpy(&v, from, static_cast<size_t>(count) * sizeof(T));
-  return v;
+  return load_first(from, count);
 }
 
 template <class T>
@@ -54,7 +52,7 @@ inline double sum_all(const Vector<T> (&acc)[U]) {
 class Ahead {
  public:
   Ahead(const Array& x, int64_t offset)
-      : size_(x.type == Type::f64 ? 8 : x.type == Type::f32 ? 4 : 2),
+      : size_(size_of(x.type)),
         from_(static_cast<const char*>(x.data) + offset * size_) {}
   // At element k of the first look, or at k + count of the second, with u as in `sweep`.
   [[gnu::always_inline]] void fetch(int64_t k, int u) const {

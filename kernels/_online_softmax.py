@@ -224,26 +224,7 @@ def row_major(x: Tensor) -> Tensor:
     return x if x.shape[-1] <= 1 or x.stride(-1) == 1 else x.contiguous()
 
 
-def limits(device: torch.device) -> tuple[int, int]:
-    """Shared memory of a block in bytes, and multiprocessors.
-
-    One multiprocessor in the interpreter, where nothing runs side by side.
-    """
-    if device.type != "cuda":
-        return 64 * 1024, 1
-    properties = torch.cuda.get_device_properties(device)
-    shared = getattr(properties, "shared_memory_per_block_optin", 0)
-    return shared or properties.shared_memory_per_block, properties.multi_processor_count
-
-
 # --- ahead-of-time cases --------------------------------------------------------------------------
-
-NAMES = {
-    torch.bfloat16: "bf16",
-    torch.float16: "fp16",
-    torch.float32: "fp32",
-    torch.float64: "fp64",
-}
 
 
 def total(dtype: torch.dtype) -> Any:

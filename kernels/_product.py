@@ -35,7 +35,8 @@ import triton.language as tl
 from torch import Tensor
 
 from deaddir_fast.kernels import interpreted
-from deaddir_fast.kernels._case import Case
+from deaddir_fast.kernels._case import NAMES, Case
+from deaddir_fast.kernels._device import limits
 
 
 @triton.jit
@@ -238,15 +239,6 @@ def choose(
     return min(fitting, key=lambda c: c.block)
 
 
-def device_limits(device: torch.device) -> tuple[int, int]:
-    """Shared memory of a block in bytes, and multiprocessors."""
-    if device.type != "cuda":  # the interpreter, where small tiles are fast
-        return 64 * 1024, 2**31
-    properties = torch.cuda.get_device_properties(device)
-    shared = getattr(properties, "shared_memory_per_block_optin", 0)
-    return shared or properties.shared_memory_per_block, properties.multi_processor_count
-
-
 # --- operands -------------------------------------------------------------------------------------
 
 
@@ -343,7 +335,7 @@ class Product:
         if self.config is not None:
             return self.config
         dtype, shape = self.left.dtype, (len(self.left), self.m, self.n)
-        return choose(CONFIGS[dtype], dtype, shape, *device_limits(self.left.device))
+        return choose(CONFIGS[dtype], dtype, shape, *limits(self.left.device))
 
     def _launch(self, out: Tensor, other: Tensor | None, epilogue: str, config: Config) -> None:
         left, right = self.left, self.right
@@ -398,13 +390,6 @@ def write_shared(out: Tensor, u: Tensor, right: Tensor, i: int, **options: Any) 
 
 
 # --- ahead-of-time cases --------------------------------------------------------------------------
-
-NAMES = {
-    torch.bfloat16: "bf16",
-    torch.float16: "fp16",
-    torch.float32: "fp32",
-    torch.float64: "fp64",
-}
 
 
 def cases(

@@ -30,8 +30,8 @@ import triton.language as tl
 from torch import Tensor
 
 from deaddir_fast.kernels import interpreted
-from deaddir_fast.kernels._case import Case
-from deaddir_fast.kernels.gram import _NAMES, _device_limits
+from deaddir_fast.kernels._case import NAMES, Case
+from deaddir_fast.kernels._device import limits
 from deaddir_fast.ops._blocks import accumulation, blocks
 
 #: Samples whose tiles of M one program of the contracted form holds.
@@ -379,8 +379,7 @@ def directional_curvature(
     a, g, U = same_type((a, g, U), widen)
     if config is None:
         form = preferred(t, p, a.dtype) if form is None else form
-        limits = _device_limits(a.device)
-        config = choose(candidates(a.dtype, form), a.dtype, (n, t, i, o, p), *limits)
+        config = choose(candidates(a.dtype, form), a.dtype, (n, t, i, o, p), *limits(a.device))
     a, g = (rows_of(x, max(config.height, config.depth)) for x in (a, g))
     if U.stride(2) != 1 or U.stride(1) * max(config.height, config.depth) >= 2**31:
         U = U.contiguous()
@@ -537,7 +536,7 @@ def case(
     label: str = "",
 ) -> Case:
     """Make the case of a kernel with operands ``pointers``, fp64 partial sums and ``sizes``."""
-    name = _NAMES[dtype]
+    name = NAMES[dtype]
     total = tl.float64 if dtype == torch.float64 else tl.float32
     signature = {x: f"*{name}" for x in pointers.split()} | {"partial_ptr": "*fp64"}
     signature |= {x: "i32" for x in sizes.split()}

@@ -24,6 +24,7 @@ import triton.language as tl
 from torch import Tensor
 
 from deaddir_fast.kernels._case import Case
+from deaddir_fast.kernels._device import limits
 from deaddir_fast.kernels.directional_curvature import (
     case,
     directions_first,
@@ -33,7 +34,6 @@ from deaddir_fast.kernels.directional_curvature import (
     same_type,
     vector_loads,
 )
-from deaddir_fast.kernels.gram import _device_limits
 from deaddir_fast.ops._blocks import accumulation
 
 
@@ -233,7 +233,7 @@ def directional_curvature_rank1(
         return v.new_full((p,), 0.0 if n else float("nan"), dtype=out_dtype)
     a, g, v, w = same_type((a, g, v, w), widen)
     if config is None:
-        config = choose(CONFIGS[a.dtype], a.dtype, p, _device_limits(a.device)[0])
+        config = choose(CONFIGS[a.dtype], a.dtype, p, limits(a.device)[0])
     a, g = rows_of(a, 1), rows_of(g, 1)
     v, w = rows_of(v[:, None], config.directions), rows_of(w[:, None], config.directions)
     runs = -(-t // min(tokens_in_tile(t), config.rows))

@@ -22,7 +22,8 @@ import triton.language as tl
 from torch import Tensor
 
 from deaddir_fast.kernels import interpreted
-from deaddir_fast.kernels._case import Case
+from deaddir_fast.kernels._case import NAMES, Case
+from deaddir_fast.kernels._device import limits
 
 
 @triton.jit
@@ -223,7 +224,7 @@ def gram(
         x = x.to(out.dtype)
     if config is None:
         allowed = candidates(x.dtype, weighted=weight is not None, packed=packed)
-        config = choose(allowed, x.dtype, i, *_device_limits(x.device))
+        config = choose(allowed, x.dtype, i, *limits(x.device))
     # Offsets within a slab of x are 32-bit.
     if x.stride(1) != 1 or x.stride(0) < i or x.stride(0) * config.depth >= 2**31:
         x = x.contiguous()
@@ -250,29 +251,13 @@ def gram(
         )
 
 
-def _device_limits(device: torch.device) -> tuple[int, int]:
-    """Shared memory of a block in bytes, and multiprocessors."""
-    if device.type != "cuda":  # the interpreter, where small tiles are fast
-        return 64 * 1024, 2**31
-    properties = torch.cuda.get_device_properties(device)
-    shared = getattr(properties, "shared_memory_per_block_optin", 0)
-    return shared or properties.shared_memory_per_block, properties.multi_processor_count
-
-
 # --- ahead-of-time cases --------------------------------------------------------------------------
-
-_NAMES = {
-    torch.bfloat16: "bf16",
-    torch.float16: "fp16",
-    torch.float32: "fp32",
-    torch.float64: "fp64",
-}
 
 
 def _case(
     dtype: torch.dtype, config: Config, *, weighted: bool = False, packed: bool = False
 ) -> Case:
-    name = _NAMES[dtype]
+    name = NAMES[dtype]
     total = "fp64" if dtype == torch.float64 else "fp32"
     constants: dict[str, Any] = {
         "WEIGHTED": weighted,

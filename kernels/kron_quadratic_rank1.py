@@ -22,8 +22,9 @@ import triton.language as tl
 from torch import Tensor
 
 from deaddir_fast.kernels import interpreted
-from deaddir_fast.kernels._case import Case
-from deaddir_fast.kernels._product import NAMES, device_limits, product_dtype, store
+from deaddir_fast.kernels._case import NAMES, Case
+from deaddir_fast.kernels._device import limits
+from deaddir_fast.kernels._product import product_dtype, store
 
 
 @triton.jit
@@ -201,7 +202,7 @@ def _form(
         return rows.new_zeros(p, dtype=torch.float64)
     dtype = product_dtype(total, square, rows, widen=widen)
     if config is None:
-        config = choose(CONFIGS[dtype], dtype, p, device_limits(square.device)[0])
+        config = choose(CONFIGS[dtype], dtype, p, limits(square.device)[0])
     rows, square = store(rows, dtype), square.to(dtype)
     few = config.rows <= FEW
     if not few:

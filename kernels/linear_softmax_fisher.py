@@ -23,7 +23,8 @@ from torch import Tensor
 
 from deaddir_fast.kernels import _online_softmax as online
 from deaddir_fast.kernels import interpreted
-from deaddir_fast.kernels._case import Case
+from deaddir_fast.kernels._case import NAMES, Case
+from deaddir_fast.kernels._device import limits
 from deaddir_fast.kernels._online_softmax import (
     anchor_of,
     exponential,
@@ -280,7 +281,7 @@ def linear_softmax_fisher(
     operands = [_regular(x) for x in operands]
     h, dh, W = operands[:3]
     dtype, d = h.dtype, h.shape[1]
-    shared_limit, processors = online.limits(h.device)
+    shared_limit, processors = limits(h.device, interpreter=1)
     if config is None:
         config = choose(CONFIGS[dtype], dtype, p, shared_limit, moving=dW is not None)
     if W.stride(0) * config.classes >= 2**31:
@@ -337,7 +338,7 @@ def _regular(x: Tensor) -> Tensor:
 
 
 def _case(dtype: torch.dtype, config: Config, *, moving: bool) -> Case:
-    name = online.NAMES[dtype]
+    name = NAMES[dtype]
     wide = "fp64" if dtype == torch.float64 else "fp32"
     pointers = dict.fromkeys(("h_ptr", "dh_ptr", "w_ptr", "dw_ptr"), f"*{name}")
     pointers |= dict.fromkeys(("bias_ptr", "state_ptr"), f"*{wide}")

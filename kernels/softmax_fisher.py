@@ -17,7 +17,8 @@ import triton.language as tl
 from torch import Tensor
 
 from deaddir_fast.kernels import _online_softmax as online
-from deaddir_fast.kernels._case import Case
+from deaddir_fast.kernels._case import NAMES, Case
+from deaddir_fast.kernels._device import limits
 from deaddir_fast.kernels._online_softmax import (
     anchor_of,
     excess,
@@ -213,7 +214,7 @@ def softmax_fisher(
         config = choose(CONFIGS[tangent.dtype], p, c)
     grid = programs(config, p, n)
     if span is None:
-        wanted = WARPS * online.limits(tangent.device)[1]
+        wanted = WARPS * limits(tangent.device, interpreter=1)[1]
         splits, span = online.split(c, config.classes, grid, wanted)
     else:
         splits = -(-c // span)
@@ -257,7 +258,7 @@ def case(
 
     ``divided``: classes are split; ``even``: c and the strides are multiples of 16.
     """
-    name = online.NAMES[dtype]
+    name = NAMES[dtype]
     wide = "fp64" if dtype == torch.float64 else "fp32"
     pointers = dict(zip(kernel.arg_names, (f"*{name}", f"*{name}", f"*{wide}"), strict=False))
     constants = {

@@ -23,6 +23,7 @@ from torch import Tensor
 
 from deaddir_fast.kernels import _online_softmax as online
 from deaddir_fast.kernels._case import Case
+from deaddir_fast.kernels._device import limits
 from deaddir_fast.kernels._online_softmax import (
     anchor_of,
     excess,
@@ -350,7 +351,7 @@ def softmax_kl(
         config = choose(CONFIGS[logits_t.dtype], q, c)
     grid = programs(config, q, n)
     if span is None:
-        wanted = WARPS * online.limits(logits_t.device)[1]
+        wanted = WARPS * limits(logits_t.device, interpreter=1)[1]
         splits, span = online.split(c, config.classes, grid, wanted)
     else:
         splits = -(-c // span)
