@@ -8,9 +8,9 @@ both factors have one, compiled kernels take the sum of squares |L_G^T U L_A|^2 
 pays: the zeros of the triangles halve the work.
 
 Accuracy: absolute error of order eps |A| |G| |U|^2 with eps the rounding of the dtype. (A sum of
-squares errs less where the value is small, but which form is taken depends on sizes and factors: do
-not count on it.) A value at that level is not resolved; use fp64 factors, or `directional_curvature`
-on the samples, whose relative error does not grow as the direction dies.
+squares errs less where the value is small, but which form is taken depends on sizes and factors:
+do not count on it.) A value at that level is not resolved; use fp64 factors, or
+`directional_curvature` on the samples, whose relative error does not grow as the direction dies.
 
 Bound: 2 p o i (o + i) FLOP, or half of it by Cholesky factors; p o i elements read.
 
