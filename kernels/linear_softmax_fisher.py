@@ -182,7 +182,7 @@ CONFIGS: dict[torch.dtype, tuple[Config, ...]] = {
     torch.bfloat16: _HALF,
     torch.float16: _HALF,
     torch.float32: (Config(2, 64, 64, 16, 8, 2), Config(1, 32, 32, 16, 4, 2)),
-    torch.float64: (Config(2, 32, 32, 16, 8, 2), Config(1, 32, 32, 16, 8, 2)),
+    torch.float64: (Config(2, 16, 32, 16, 8, 2), Config(1, 32, 32, 16, 8, 2)),
 }
 
 
