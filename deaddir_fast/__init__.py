@@ -12,7 +12,14 @@ from deaddir_fast.nets.likelihood import (
 from deaddir_fast.nets.orders import RayOrders, ray_orders
 from deaddir_fast.nets.rays import RayCurvature, ray_curvature
 from deaddir_fast.nets.weights import RankOne
-from deaddir_fast.reading import DeadDirections, Triple, dead_directions, read_triple
+from deaddir_fast.reading import (
+    DeadDirections,
+    FreezeProbe,
+    Triple,
+    dead_directions,
+    freeze_probe,
+    read_triple,
+)
 from deaddir_fast.theory.rate import RateFit, fit_rate
 
 __version__ = "0.1.0"
@@ -21,6 +28,7 @@ __all__ = [
     "Bernoulli",
     "Categorical",
     "DeadDirections",
+    "FreezeProbe",
     "Gaussian",
     "Likelihood",
     "Poisson",
@@ -32,6 +40,7 @@ __all__ = [
     "backend",
     "dead_directions",
     "fit_rate",
+    "freeze_probe",
     "gauge",
     "ops",
     "ray_curvature",

@@ -1,6 +1,15 @@
 """Readings of a network at its own parameters: dead directions and Watanabe's triple."""
 
 from deaddir_fast.reading.dead import DeadDirections, dead_directions
+from deaddir_fast.reading.freeze import FreezeProbe, FrozenLayer, freeze_probe
 from deaddir_fast.reading.triple import Triple, read_triple
 
-__all__ = ["DeadDirections", "Triple", "dead_directions", "read_triple"]
+__all__ = [
+    "DeadDirections",
+    "FreezeProbe",
+    "FrozenLayer",
+    "Triple",
+    "dead_directions",
+    "freeze_probe",
+    "read_triple",
+]

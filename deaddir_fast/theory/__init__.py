@@ -1,5 +1,7 @@
-"""Exact values of singular learning theory: thresholds, fluctuations and volume laws."""
+"""Exact values of singular learning theory: thresholds, fluctuations, volume laws, rates."""
 
+from deaddir_fast.rates import primitives
+from deaddir_fast.rates.predict import BlockRate, LayerRate, Rates, predict
 from deaddir_fast.theory.arrangement import arrangement
 from deaddir_fast.theory.deep_linear import deep_linear
 from deaddir_fast.theory.fluctuation import fluctuation_limits, singular_fluctuation
@@ -13,8 +15,11 @@ from deaddir_fast.theory.reduced_rank import reduced_rank_local, reduced_rank_re
 from deaddir_fast.theory.volume import VolumeLaw, volume_law
 
 __all__ = [
+    "BlockRate",
+    "LayerRate",
     "LogThreshold",
     "Quartet",
+    "Rates",
     "VolumeLaw",
     "additive",
     "arrangement",
@@ -25,6 +30,8 @@ __all__ = [
     "normal_crossing",
     "odd_two_layer",
     "perfect_sampler",
+    "predict",
+    "primitives",
     "quartet",
     "reduced_rank_local",
     "reduced_rank_regression",

@@ -1,0 +1,1 @@
+"""The rate calculus: which powers of t a network's activations and gradients carry."""
