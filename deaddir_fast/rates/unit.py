@@ -52,7 +52,7 @@ class LinearUse:
         input: the node of a.
         inside: (i,) bool, input entries that hold the unit.
         outside: (o,) bool, output entries that hold it.
-        convolution: features are axis 1, not the last one.
+        axis: feature axis of a and z: 1 in a convolution, -2 where the weight is the left factor.
     """
 
     name: str
@@ -62,12 +62,7 @@ class LinearUse:
     input: fx.Node
     inside: Tensor
     outside: Tensor
-    convolution: bool
-
-    @property
-    def axis(self) -> int:
-        """Feature axis of a and z."""
-        return 1 if self.convolution else -1
+    axis: int
 
 
 @dataclass
@@ -79,6 +74,7 @@ class Unit:
         scaled: parameter -> bool, entries multiplied by t.
         cut: parameter -> bool, entries set to zero.
         masks: node -> bool, entries of its value that hold the unit (absent where none do).
+        stacks: parameters that are stacks of matrices.
         notes: what could not be followed.
     """
 
@@ -86,13 +82,17 @@ class Unit:
     scaled: dict[str, Tensor] = field(default_factory=dict)
     cut: dict[str, Tensor] = field(default_factory=dict)
     masks: dict[fx.Node, Any] = field(default_factory=dict)
+    stacks: set[str] = field(default_factory=set)
     notes: list[str] = field(default_factory=list)
 
-    def mark(self, table: dict[str, Tensor], name: str, numbers: Tensor, size: int) -> None:
-        """Record parameter entries."""
+    def mark(self, table: dict[str, Tensor], name: str, numbers: Tensor, like: Tensor) -> None:
+        """Record entries of a parameter; in a stack of matrices (experts), the same in each."""
         if name not in table:
-            table[name] = torch.zeros(size, dtype=torch.bool)
+            table[name] = torch.zeros(like.numel(), dtype=torch.bool)
         table[name][numbers.reshape(-1)] = True
+        if like.ndim == 3 and name in self.stacks:
+            each = table[name].reshape(like.shape).any(0, keepdim=True)
+            table[name] = each.expand(like.shape).reshape(-1).clone()
 
 
 def check_unit(unit: Any) -> int | dict[str, int | None]:
@@ -171,34 +171,40 @@ def _is_use(run: Walk, node: fx.Node) -> bool:
     if node.target is not aten.convolution.default and node.target not in MATRIX | BIASED_MATRIX:
         return False
     left, right, _ = factors(node)
-    return right in run.parameter and left not in run.parameter
+    if node.target is aten.convolution.default:
+        return right in run.parameter
+    return (left in run.parameter) != (right in run.parameter)
 
 
 def _linear(run: Walk, found: Unit, node: fx.Node, unit: Any, bias: str, isolate: bool) -> None:
     left, right, offset = factors(node)
-    parameter, numbers = run.parameter[right]
-    name = parameter.removesuffix(".weight")
-    value, a = run.values[node], run.values[left]
     convolution = node.target is aten.convolution.default
-    axis = 1 if convolution else value.ndim - 1
-    inputs, outputs = a.shape[1 if convolution else -1], value.shape[axis]
+    flipped = not convolution and left in run.parameter
+    weight, source = (left, right) if flipped else (right, left)
+    parameter, numbers = run.parameter[weight]
+    name = parameter.removesuffix(".weight")
+    tensor = run.capture.parameters[parameter]
+    if tensor.ndim == 3 and not convolution:
+        found.stacks.add(parameter)
+    value, a = run.values[node], run.values[source]
+    axis = 1 if convolution else -2 if flipped and a.ndim > 1 else -1
+    inputs, outputs = a.shape[axis], value.shape[axis]
     inside = torch.zeros(inputs, dtype=torch.bool)
-    mask = found.masks.get(left)
+    mask = found.masks.get(source)
     if mask is not None:
-        other = [i for i in range(mask.ndim) if i != (1 if convolution else mask.ndim - 1)]
-        inside = mask.amax(other) if other else mask
+        inside = mask.movedim(axis, 0).reshape(inputs, -1).any(1)
     outside = torch.zeros(outputs, dtype=torch.bool)
     chosen = isinstance(unit, int) or name in unit
     index = unit if isinstance(unit, int) else unit.get(name)
     if isinstance(unit, int) and _selects(run, node):
         index = None  # scores of experts are no channels
     if index is not None:
-        for part in _parts(run, node, axis):
+        for part in _parts(run, node, axis % value.ndim):
             if index < len(part):
                 outside[part[index]] = True
         if isinstance(unit, dict) and not bool(outside.any()):
             raise _check.fail(f"unit[{name!r}]", index, f"an index below {outputs}")
-    use = LinearUse(name, parameter, node, node, left, inside, outside, convolution)
+    use = LinearUse(name, parameter, node, node, source, inside, outside, axis)
     found.uses.append(use)
     if bool(outside.any()):
         shape = [1] * value.ndim
@@ -206,30 +212,31 @@ def _linear(run: Walk, found: Unit, node: fx.Node, unit: Any, bias: str, isolate
         found.masks[node] = outside.reshape(shape).expand(value.shape).clone()
     if not chosen:
         return
-    rows, columns = _roles(node, use, numbers, convolution)
+    if convolution:
+        rows, columns = _convolution_roles(node, use, numbers)
+    else:
+        across, down = (
+            outside.expand(numbers.mT.shape if flipped else numbers.shape),
+            inside[:, None],
+        )
+        rows, columns = across, down.expand(across.shape)
+        rows, columns = (rows.mT, columns.mT) if flipped else (rows, columns)
     both = rows & columns
-    size = run.capture.parameters[parameter].numel()
     if bool(both.any()) and isolate:
-        found.mark(found.scaled, parameter, numbers[both], size)
-        found.mark(found.cut, parameter, numbers[rows ^ columns], size)
-        weight = run.capture.parameters[parameter].reshape(-1)
-        if not bool(weight[numbers[both].reshape(-1)].any()):
+        found.mark(found.scaled, parameter, numbers[both], tensor)
+        found.mark(found.cut, parameter, numbers[rows ^ columns], tensor)
+        if not bool(tensor.reshape(-1)[numbers[both].reshape(-1)].any()):
             found.notes.append(f"{name}: the weights that carry the unit are zero")
     elif bool((rows | columns).any()):
-        found.mark(found.scaled, parameter, numbers[rows | columns], size)
+        found.mark(found.scaled, parameter, numbers[rows | columns], tensor)
     if isinstance(offset, fx.Node) and offset in run.parameter:
         owner, entries = run.parameter[offset]
         entries = entries.expand(*entries.shape[:-1], outputs)[..., outside]
         _set_bias(run, found, owner, entries, bias)
 
 
-def _roles(
-    node: fx.Node, use: LinearUse, numbers: Tensor, convolution: bool
-) -> tuple[Tensor, Tensor]:
-    """Which entries of the weight operand write the unit, and which read it."""
-    if not convolution:
-        rows = use.outside.expand(numbers.shape)
-        return rows, use.inside.unsqueeze(-1).expand(numbers.shape)
+def _convolution_roles(node: fx.Node, use: LinearUse, numbers: Tensor) -> tuple[Tensor, Tensor]:
+    """Which entries of a kernel write the unit, and which read it."""
     transposed, groups = bool(operands(node)[6]), int(operands(node)[8])
     out_axis, in_axis = (1, 0) if transposed else (0, 1)
     o, i = numbers.shape[out_axis], numbers.shape[in_axis]
@@ -251,8 +258,8 @@ def _roles(
 def _set_bias(run: Walk, found: Unit, name: str, entries: Tensor, bias: str) -> None:
     if bias == "keep" or entries.numel() == 0:
         return
-    size = run.capture.parameters[name].numel()
-    found.mark(found.scaled if bias == "scale" else found.cut, name, entries, size)
+    like = run.capture.parameters[name]
+    found.mark(found.scaled if bias == "scale" else found.cut, name, entries, like)
 
 
 def _late_bias(run: Walk, found: Unit, node: fx.Node, bias: str) -> None:

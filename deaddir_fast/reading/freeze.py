@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import math
 import operator
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -17,7 +17,6 @@ from deaddir_fast import _check
 from deaddir_fast.gauge.verify import at_rest
 from deaddir_fast.nets import likelihood as likelihoods
 from deaddir_fast.nets.graph import batch_size, slice_batch
-from deaddir_fast.nets.rays import ray_curvature
 from deaddir_fast.rates.predict import LayerRate, Rates, predict
 from deaddir_fast.rates.unit import BIAS, LinearUse, Unit, check_unit, locate
 from deaddir_fast.rates.walk import Walk, walk
@@ -27,6 +26,7 @@ CHUNK = 64  # samples of one pass
 EXACT = 64  # output entries per sample up to which every one is propagated back
 PROBES = 16  # random covectors beyond that
 TOLERANCE = 0.05  # of a slope that agrees
+DEEP = (1e-4, 1e-3)  # times the smallest t: where small leading coefficients show
 QUANTITIES = ("forward", "backward", "fisher")
 
 
@@ -40,8 +40,9 @@ class FrozenLayer:
         backward: (r,) E[g²] at the unit, mean over samples of the sum over tokens.
         fisher: (r,) exact uᵀFu, u the unit's own weight direction in this layer.
         fits: {"forward" | "backward" | "fisher": RateFit}; absent where the layer has no such side.
-        verdicts: the same keys: ``"agrees"``, ``"agrees at finite t"`` (with norm statistics not
-            showing yet), ``"differs: …"`` or ``"unresolved: …"`` (a floor, no window).
+        verdicts: the same keys: ``"agrees"``; ``"agrees as t → 0: …"`` (steeper in the sweep,
+            where a small leading coefficient does not show yet, but as predicted far below it);
+            ``"differs: …"``; or ``"unresolved: …"`` (a floor, no window).
     """
 
     rate: LayerRate
@@ -133,11 +134,10 @@ def scaled_state(parameters: Mapping[str, Tensor], unit: Unit, t: float) -> dict
 
 
 def _evaluate(
-    run: Walk, state: Mapping[str, Tensor], inputs: Any, watched: Sequence[fx.Node]
-) -> tuple[Tensor, dict[fx.Node, Tensor], dict[fx.Node, Tensor]]:
-    """Outputs, values, and for each watched node a zero added to it, whose gradient is its own."""
+    run: Walk, state: Mapping[str, Tensor], inputs: Any, added: Mapping[fx.Node, Tensor]
+) -> dict[fx.Node, Any]:
+    """Values of all nodes, with something added to some of them."""
     values: dict[fx.Node, Any] = {}
-    handles: dict[fx.Node, Tensor] = {}
     given = iter([*(state[n] for n in run.capture.names), *run.capture.bind(inputs)])
     for node in run.capture.graph.nodes:
         if node.op == "placeholder":
@@ -148,10 +148,9 @@ def _evaluate(
             args = fx.map_arg(node.args, lambda n: values[n])
             kwargs = fx.map_arg(node.kwargs, lambda n: values[n])
             values[node] = node.target(*args, **kwargs)
-        if node in watched:
-            handles[node] = torch.zeros_like(values[node], requires_grad=True)
-            values[node] = values[node] + handles[node]
-    return values[run.output], values, handles
+        if node in added:
+            values[node] = values[node] + added[node]
+    return values
 
 
 def _covectors(output: Tensor, seed: int) -> tuple[list[Tensor], bool]:
@@ -172,7 +171,10 @@ def _moments(
 ) -> tuple[list[float], list[float], bool]:
     """Sums over samples of a² (mean over tokens) and g² (sum over tokens) at the unit."""
     watched = [u.output for u in unit.uses]
-    output, values, handles = _evaluate(run, state, inputs, watched)
+    # The gradient at a value is that of a zero added to it.
+    handles = {w: torch.zeros_like(run.values[w], requires_grad=True) for w in watched}
+    values = _evaluate(run, state, inputs, handles)
+    output = values[run.output]
     n = output.shape[0]
     vectors, exact = _covectors(output, seed)
     backward = [0.0] * len(unit.uses)
@@ -197,21 +199,29 @@ def _held(use: LinearUse, mask: Tensor) -> Tensor:
     return mask if bool(mask.any()) else torch.ones_like(mask)
 
 
-def _own_directions(run: Walk, unit: Unit) -> tuple[dict[str, Tensor], list[int]]:
-    """For every layer whose unit has both sides, the direction of its own weights."""
-    chosen = [
-        k
-        for k, u in enumerate(unit.uses)
-        if bool(u.inside.any()) and bool(u.outside.any()) and u.parameter in unit.scaled
-    ]
-    directions: dict[str, Tensor] = {}
-    for row, k in enumerate(chosen):
-        name = unit.uses[k].parameter
-        value = run.capture.parameters[name]
-        if name not in directions:
-            directions[name] = torch.zeros(len(chosen), *value.shape, dtype=torch.float64)
-        directions[name][row].reshape(-1)[unit.scaled[name]] = 1.0
-    return directions, chosen
+def _own_curvature(
+    run: Walk, unit: Unit, state: Mapping[str, Tensor], inputs: Any, likelihood: Any
+) -> list[float]:
+    """Sum over samples of uᵀFu for each layer's own weights u; NaN where it has none."""
+    found = []
+    for use in unit.uses:
+        if not _has_own(use, unit):
+            found.append(math.nan)
+            continue
+        base = state[use.parameter]
+        tangent = unit.scaled[use.parameter].to(base).reshape(base.shape)
+
+        def output(weight: Tensor, name: str = use.parameter) -> Tensor:
+            return _evaluate(run, {**state, name: weight}, inputs, {})[run.output]
+
+        with torch.no_grad():
+            moved = torch.func.jvp(output, (base,), (tangent / tangent.norm(),))
+            found.append(float(likelihood.fisher(moved[0], moved[1]).sum()))
+    return found
+
+
+def _has_own(use: LinearUse, unit: Unit) -> bool:
+    return bool(use.inside.any() and use.outside.any()) and use.parameter in unit.scaled
 
 
 def freeze_probe(
@@ -270,36 +280,35 @@ def freeze_probe(
                 run = walk(twin, part)
                 runs[batch_size(part)] = run, locate(run, checked, bias=bias, isolate=isolate)
         run, where = next(iter(runs.values()))
-        directions, own = _own_directions(run, where)
+        own = [_has_own(u, where) for u in where.uses]
         layers = len(where.uses)
-        forward, backward, fisher = (torch.zeros(layers, len(scales)).double() for _ in range(3))
+        deep = [float(scales.min()) * d for d in DEEP]
+        points = len(scales) + len(deep)
+        curves = torch.zeros(3, layers, points, dtype=torch.float64)
+        forward, backward, fisher = curves
         exact = True
-        names = dict(twin.named_parameters())
-        whole = {name: value.detach().clone() for name, value in names.items()}
+        whole = {name: value.detach() for name, value in twin.named_parameters()}
         with Progress(disable=not progress, transient=True) as bar:
-            task = bar.add_task("freeze probe", total=len(scales))
-            for j, scale in enumerate(scales.tolist()):
+            task = bar.add_task("freeze probe", total=len(scales) + len(deep))
+            for j, scale in enumerate([*scales.tolist(), *deep]):
                 state = scaled_state(whole, where, scale)
                 for part in parts:
                     own_run, own_unit = runs[batch_size(part)]
                     a, g, exact = _moments(own_run, own_unit, state, part, metric, seed)
-                    forward[:, j] += torch.tensor(a) / n
-                    backward[:, j] += torch.tensor(g) / n
-                if own:
-                    with torch.no_grad():
-                        for name, value in state.items():
-                            names[name].copy_(value)
-                    rays = ray_curvature(twin, inputs, directions, [0.0], likelihood=metric)
-                    fisher[own, j] = rays.fisher[:, 0]
+                    forward[:, j] += _row(a) / n
+                    backward[:, j] += _row(g) / n
+                    f = _own_curvature(own_run, own_unit, state, part, metric)
+                    fisher[:, j] += _row(f) / n
                 bar.advance(task)
-    measured = [
-        _layer(rates.layers[k], scales, forward[k], backward[k], fisher[k], k in own)
-        for k in range(layers)
-    ]
+    measured = [_layer(rates.layers[k], scales, deep, curves[:, k], own[k]) for k in range(layers)]
     notes = list(rates.notes)
     if not exact:
         notes.append(f"gradients from {PROBES} random covectors per sample, the same at every t")
     return FreezeProbe(scales, tuple(measured), rates, n, exact, tuple(notes))
+
+
+def _row(values: list[float]) -> Tensor:
+    return torch.tensor(values, dtype=torch.float64)
 
 
 def _double(inputs: Any) -> Any:
@@ -308,39 +317,43 @@ def _double(inputs: Any) -> Any:
     )
 
 
-def _layer(
-    rate: LayerRate, t: Tensor, forward: Tensor, backward: Tensor, fisher: Tensor, own: bool
-) -> FrozenLayer:
-    curves = {"forward": forward, "backward": backward, "fisher": fisher}
+def _layer(rate: LayerRate, t: Tensor, deep: list[float], curves: Tensor, own: bool) -> FrozenLayer:
+    """Fits and verdicts; ``curves`` is (3, r + deep)."""
     sides = {"forward": rate.input_side, "backward": rate.output_side, "fisher": own}
-    apparent = {
-        "forward": 2 * rate.apparent[0],
-        "backward": 2 * rate.apparent[2],
-        "fisher": 2 * (rate.apparent[0] + rate.apparent[2]),
-    }
+    swept, beyond = curves[:, : len(t)], curves[:, len(t) :]
     fits, verdicts = {}, {}
-    for quantity in QUANTITIES:
+    for quantity, values, below in zip(QUANTITIES, swept, beyond, strict=True):
         if not sides[quantity]:
             continue
-        fit = fit_rate(t, curves[quantity])
+        # A slope does not depend on units: nothing here is near a rounding floor of size 1.
+        fit = fit_rate(t, values / values.max().clamp_min(torch.finfo(torch.float64).tiny))
         predicted = float(getattr(rate, f"{quantity}_slope"))
         fits[quantity] = fit
-        verdicts[quantity] = _verdict(fit, curves[quantity], predicted, apparent[quantity])
-    return FrozenLayer(rate, forward, backward, fisher, fits, verdicts)
+        verdicts[quantity] = _verdict(fit, values, predicted, _slope(deep, below))
+    return FrozenLayer(rate, swept[0], swept[1], swept[2], fits, verdicts)
 
 
-def _verdict(fit: RateFit, values: Tensor, predicted: float, apparent: float) -> str:
+def _slope(t: list[float], values: Tensor) -> float:
+    """Log-log slope between two points; NaN where a value is not positive and normal."""
+    low, high = (float(v) for v in values)
+    if min(low, high) < torch.finfo(torch.float64).tiny:
+        return math.nan
+    return math.log(high / low) / math.log(t[1] / t[0])
+
+
+def _verdict(fit: RateFit, values: Tensor, predicted: float, deep: float) -> str:
     if math.isnan(predicted):
         return "no prediction"
     if math.isinf(predicted):
         return "agrees" if not bool(values.any()) else "differs: nothing was to arrive here"
     if not bool(values.any()):
         return "unresolved: exactly zero at every t (a ReLU that the unit never passes?)"
-    if fit.verdict != "resolved":
-        return fit.verdict
-    slack = max(TOLERANCE, 2 * fit.stderr)
-    if abs(fit.slope - predicted) <= slack:
+    resolved = fit.verdict == "resolved"
+    if resolved and abs(fit.slope - predicted) <= TOLERANCE:
         return "agrees"
-    if abs(fit.slope - apparent) <= slack:
-        return "agrees at finite t"
+    if abs(deep - predicted) <= TOLERANCE:
+        swept = f"slope {fit.slope:.2f}" if resolved else "no single slope"
+        return f"agrees as t → 0: {swept} in the sweep"
+    if not resolved:
+        return fit.verdict
     return f"differs: {fit.slope:.3f} measured, {predicted:g} predicted"
