@@ -1,4 +1,4 @@
-"""The command line: ``deaddir demo``, ``deaddir doctor``. Heavy imports wait for a command."""
+"""The command line: ``deaddir demo``, ``predict``, ``doctor``. Heavy imports wait for a command."""
 
 from __future__ import annotations
 
@@ -63,6 +63,39 @@ def demo(
     if wrong:
         typer.echo(f"error: not as mathematics says: {', '.join(wrong)}", err=True)
         raise typer.Exit(1)
+
+
+@app.command()
+def predict(
+    spec: str = typer.Argument(
+        ...,
+        metavar="SPEC",
+        help="Primitives, e.g. 'residual(layer_norm, attention)*2, linear', or module:callable "
+        "for a function that returns an nn.Module.",
+    ),
+    unit: int = typer.Option(0, "--unit", "-u", min=0, help="Index of the channel turned down."),
+    bias: str = typer.Option("scale", "--bias", help="The unit's biases: scale, zero or keep."),
+    as_json: bool = typer.Option(False, "--json", help="Print JSON instead of a table."),
+) -> None:
+    """Rates of every layer when the weights of one unit are scaled by t.
+
+    Slopes of A = E[a²], G = E[g²] and their product, as t → 0, from the rate calculus.
+    Primitives: linear, conv, mlp:ACT, swiglu, geglu, reglu, glu, bilinear, attention, layer_norm,
+    rms_norm, moe:ACT, residual(…) and activations; "+bias" adds biases, "*3" repeats.
+    """
+    from deaddir_fast.scan import predicted
+
+    try:
+        rates = predicted.rates(spec, unit, bias)
+    except (ValueError, TypeError, ImportError, AttributeError) as error:
+        typer.echo(f"error: {error}", err=True)
+        raise typer.Exit(2) from None
+    if as_json:
+        typer.echo(json.dumps(predicted.as_json(rates), indent=2, allow_nan=False))
+        return
+    from rich.console import Console
+
+    predicted.show(rates, Console())
 
 
 @app.command()
