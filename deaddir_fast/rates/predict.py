@@ -133,10 +133,11 @@ class Rates:
         raise KeyError(f"no layer {name!r}; there are {[x.name for x in self.layers]}")
 
     def __str__(self) -> str:
-        lines = [f"{'layer':<32} {'A':>5} {'G':>5} {'A⊗G':>5} {'in+out':>7}"]
+        width = max([len("layer"), *(len(x.name) for x in self.layers)])
+        lines = [f"{'layer':<{width}} {'A':>5} {'G':>5} {'A⊗G':>5} {'in+out':>7}"]
         for x in self.layers:
             numbers = (x.forward_slope, x.backward_slope, x.kfac_slope, x.duality[1])
-            lines.append(f"{x.name:<32} " + " ".join(f"{v:>5g}" for v in numbers))
+            lines.append(f"{x.name:<{width}} " + " ".join(f"{v:>5g}" for v in numbers))
         if self.additive is not None:
             lines.append("additive" if self.additive else "not additive")
         return "\n".join([*lines, *(f"  {r}" for r in (*self.reasons, *self.notes))])

@@ -96,11 +96,12 @@ class FreezeProbe:
         )
 
     def __str__(self) -> str:
-        lines = [f"{'layer':<28} {'':<9} {'measured':>16} {'predicted':>9}  verdict"]
+        width = max([len("layer"), *(len(x.name) for x in self.layers)])
+        lines = [f"{'layer':<{width}} {'':<9} {'measured':>16} {'predicted':>9}  verdict"]
         for layer in self.layers:
             for quantity, fit in layer.fits.items():
                 lines.append(
-                    f"{layer.name:<28} {quantity:<9} {fit.slope:>8.3f} ± {fit.stderr:<5.1g} "
+                    f"{layer.name:<{width}} {quantity:<9} {fit.slope:>8.3f} ± {fit.stderr:<5.1g} "
                     f"{layer.predicted(quantity):>9g}  {layer.verdicts[quantity]}"
                 )
         return "\n".join([*lines, *self.notes])
