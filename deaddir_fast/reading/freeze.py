@@ -100,8 +100,9 @@ class FreezeProbe:
         lines = [f"{'layer':<{width}} {'':<9} {'measured':>16} {'predicted':>9}  verdict"]
         for layer in self.layers:
             for quantity, fit in layer.fits.items():
+                slope = f"{round(fit.slope, 3) + 0.0:>8.3f} ± {fit.stderr:<5.1g}"  # no "-0"
                 lines.append(
-                    f"{layer.name:<{width}} {quantity:<9} {fit.slope:>8.3f} ± {fit.stderr:<5.1g} "
+                    f"{layer.name:<{width}} {quantity:<9} {slope} "
                     f"{layer.predicted(quantity):>9g}  {layer.verdicts[quantity]}"
                 )
         return "\n".join([*lines, *self.notes])
