@@ -12,7 +12,15 @@ from deaddir_fast.nets.likelihood import (
 from deaddir_fast.nets.orders import RayOrders, ray_orders
 from deaddir_fast.nets.rays import RayCurvature, ray_curvature
 from deaddir_fast.nets.weights import RankOne
-from deaddir_fast.reading import DeadDirections, Triple, dead_directions, read_triple
+from deaddir_fast.reading import (
+    DeadDirections,
+    Triple,
+    curvature_ray,
+    dead_directions,
+    leading_scores,
+    read_triple,
+    sectional_curvature,
+)
 from deaddir_fast.theory.rate import RateFit, fit_rate
 
 __version__ = "0.1.0"
@@ -30,12 +38,15 @@ __all__ = [
     "RayOrders",
     "Triple",
     "backend",
+    "curvature_ray",
     "dead_directions",
     "fit_rate",
     "gauge",
+    "leading_scores",
     "ops",
     "ray_curvature",
     "ray_orders",
     "read_triple",
+    "sectional_curvature",
     "theory",
 ]

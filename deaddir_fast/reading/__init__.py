@@ -1,6 +1,16 @@
 """Readings of a network at its own parameters: dead directions and Watanabe's triple."""
 
 from deaddir_fast.reading.dead import DeadDirections, dead_directions
+from deaddir_fast.reading.leading import leading_scores
+from deaddir_fast.reading.sectional import curvature_ray, sectional_curvature
 from deaddir_fast.reading.triple import Triple, read_triple
 
-__all__ = ["DeadDirections", "Triple", "dead_directions", "read_triple"]
+__all__ = [
+    "DeadDirections",
+    "Triple",
+    "curvature_ray",
+    "dead_directions",
+    "leading_scores",
+    "read_triple",
+    "sectional_curvature",
+]
