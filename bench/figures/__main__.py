@@ -48,7 +48,9 @@ def main(arguments: list[str] | None = None) -> int:
                 console.print(f"[red]failed[/red]  {name}")
                 console.print(traceback.format_exc(), markup=False, highlight=False)
             else:
-                console.print(f"{name}: {path} ({time.perf_counter() - start:.1f} s)", soft_wrap=True)
+                console.print(
+                    f"{name}: {path} ({time.perf_counter() - start:.1f} s)", soft_wrap=True
+                )
             progress.remove_task(task)
     if failed:
         console.print(f"{len(failed)} failed: {', '.join(failed)}")

@@ -6,6 +6,7 @@ Exact Fisher curvature from t = 1e-3 to 3 for chains with one dead unit, and the
 
 from __future__ import annotations
 
+import textwrap
 from typing import Any
 
 import numpy as np
@@ -15,7 +16,7 @@ from torch import Tensor, nn
 
 import deaddir_fast as dd
 from bench.figures._models import DOUBLE
-from bench.figures._style import DEAD, GREY, INK, LIVE, array, note
+from bench.figures._style import DEAD, INK, LIVE, array, note
 from deaddir_fast.scan.demo_models import dead_unit_chain, inputs_of_width
 
 SIZE = (12.0, 6.6)
@@ -122,11 +123,11 @@ def draw(figure: Figure, measured: dict[str, Any]) -> None:
         ax.set_xscale("log")
         ax.set_title(row["name"])
         if fit["verdict"] == "resolved":
-            low, high = array(fit["interval"])
-            text = f"k = {float(fit['order']):.3f}  [{low:.3f}, {high:.3f}]\n{fit['model']}"
+            order, (low, high) = float(fit["order"]), array(fit["interval"])
+            text = f"k = {order:.4f} ± {max(order - low, high - order):.0e}\n{fit['model']}"
         else:
-            text = "\n".join(_wrapped(fit["verdict"]))
-        note(ax, 0.04, 0.05, text, color=INK)
+            text = textwrap.fill(fit["verdict"], 44)
+        note(ax, 0.97, 0.05, text, color=INK, ha="right")
     axes[0].set_ylim(-3, 9)
     for ax in axes[3:5]:
         ax.set_xlabel("distance t")
@@ -143,14 +144,8 @@ def draw(figure: Figure, measured: dict[str, Any]) -> None:
             f"dashed: 2(k − 1) for the order k = {measured['rows'][0]['order']}\n"
             "by construction\n"
             "shaded: the window in which the fitted\npower dominates\n"
-            "below: order read, 95 % interval, form of\nthe fit, or why there is none",
+            "numbers: order read and its 95 % interval,\nthe form fitted, or why there is none",
             va="center",
             fontsize=9.5,
             linespacing=1.6,
         )
-
-
-def _wrapped(text: str, width: int = 44) -> list[str]:
-    import textwrap
-
-    return textwrap.wrap(text, width)

@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import torch
 from matplotlib.figure import Figure
+from scipy.interpolate import PchipInterpolator
 
 import deaddir_fast as dd
 from bench.figures._models import DOUBLE, ONE, MeanMap
@@ -29,7 +30,8 @@ def _model() -> MeanMap:
 def measure(quick: bool) -> dict[str, Any]:
     """KL on a polar grid, Fisher curvature along both axes and their orders."""
     angles = torch.linspace(0, 2 * math.pi, 25 if quick else 121, dtype=DOUBLE)
-    radii = torch.linspace(0, REACH * math.sqrt(2), 12 if quick else 45, dtype=DOUBLE)
+    # Denser towards 0, where K is small.
+    radii = REACH * math.sqrt(2) * torch.linspace(0, 1, 14 if quick else 60, dtype=DOUBLE) ** 1.5
     spokes = {"theta": torch.stack([angles.cos(), angles.sin()], 1)}
     model = _model()
     kl = dd.ray_curvature(model, ONE, spokes, radii, likelihood="gaussian").kl
@@ -48,6 +50,14 @@ def measure(quick: bool) -> dict[str, Any]:
     }
 
 
+def _bowl(radii: np.ndarray, kl: np.ndarray, rim: float) -> tuple[np.ndarray, np.ndarray]:
+    """Each spoke up to where it reaches the level ``rim``: radii and values (spokes, 40)."""
+    parts = np.linspace(0, 1, 40)
+    shown = [parts * np.interp(rim, values, radii) for values in kl]
+    heights = [PchipInterpolator(radii, v)(r) for r, v in zip(shown, kl, strict=True)]
+    return np.array(shown), np.array(heights)
+
+
 def draw(figure: Figure, measured: dict[str, Any]) -> None:
     """Landscape, level sets, and the decay along the dead direction."""
     angle, radius = np.meshgrid(array(measured["angles"]), array(measured["radii"]), indexing="ij")
@@ -57,8 +67,10 @@ def draw(figure: Figure, measured: dict[str, Any]) -> None:
     grid = figure.add_gridspec(1, 3, width_ratios=(1.15, 1, 1))
 
     scene = figure.add_subplot(grid[0], projection="3d", computed_zorder=False)
-    shown = np.where(kl <= 1.15, kl, np.nan)
-    scene.plot_surface(x, y, shown, cmap="Blues", alpha=0.75, lw=0, rcount=150, ccount=150)
+    reach, height = _bowl(array(measured["radii"]), kl, 1.0)
+    spokes = array(measured["angles"])[:, None]
+    scene.plot_surface(reach * np.cos(spokes), reach * np.sin(spokes), height, cmap="Blues",
+                       alpha=0.75, lw=0, rcount=150, ccount=150)  # fmt: skip
     t = np.linspace(-1, 1, 101)
     scene.plot(t, 0 * t, t**4, color=DEAD, lw=2.2, zorder=5)
     scene.plot(0 * t, t, t**2, color=LIVE, lw=2.2, zorder=5)
@@ -71,11 +83,14 @@ def draw(figure: Figure, measured: dict[str, Any]) -> None:
     scene.set_yticks([-1, 0, 1])
     scene.set_zticks([0, 0.5, 1])
     scene.tick_params(pad=-3, labelsize=8)
-    scene.set_title("K = θ₁⁴ + θ₂²")
+    scene.set_title("KL divergence K = θ₁⁴ + θ₂²")
 
     above = figure.add_subplot(grid[1], aspect="equal")
     lines = above.contour(x, y, kl, levels, colors=GREY, linewidths=0.9)
-    above.clabel(lines, levels[1:], fmt=lambda v: f"{v:g}", fontsize=8)
+    spoke = int(np.argmin(np.abs(array(measured["angles"]) - 1.74 * math.pi)))
+    at = np.interp(levels[2:], kl[spoke], radius[spoke])
+    places = np.stack([at * np.cos(angle[spoke, 0]), at * np.sin(angle[spoke, 0])], 1)
+    above.clabel(lines, levels[2:], manual=places, fmt=lambda v: f"{v:g}", fontsize=8)
     above.axhline(0, lw=1.8, color=DEAD, zorder=0)
     above.axvline(0, lw=1.8, color=LIVE, zorder=0)
     above.plot(0, 0, "o", color=INK, ms=5)
@@ -86,6 +101,8 @@ def draw(figure: Figure, measured: dict[str, Any]) -> None:
                    va="center", bbox=box)  # fmt: skip
     above.set_xlim(-REACH, REACH)
     above.set_ylim(-REACH, REACH)
+    above.set_xticks([-1, -0.5, 0, 0.5, 1])
+    above.set_yticks([-1, -0.5, 0, 0.5, 1])
     above.set_xlabel("θ₁")
     above.set_ylabel("θ₂")
     above.set_title("Level sets stretch along it")

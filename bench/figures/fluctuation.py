@@ -1,8 +1,8 @@
 """Singular fluctuation of one direction of order k, against posteriors of x ~ N(t^k, 1).
 
 Points: data sets of n samples drawn at t = 0, flat prior on [-1, 1]; ν is half the functional
-variance Σ_i Var_t[log p(x_i|t)], averaged over data sets, each posterior integrated on a grid. Curves:
-``theory.singular_fluctuation`` with both signs of t and on t > 0 only.
+variance Σ_i Var_t[log p(x_i|t)], averaged over data sets, each posterior integrated on a grid.
+Bars: ``theory.singular_fluctuation`` with both signs of t and on t > 0 only.
 """
 
 from __future__ import annotations
@@ -49,11 +49,11 @@ def measure(quick: bool) -> dict[str, Any]:
     """Exact values and Monte Carlo means with standard errors."""
     rng = np.random.default_rng(0)
     sets = SETS // 20 if quick else SETS
-    x = rng.standard_normal((sets, SAMPLES))
     rows = []
     for k in ORDERS:
         row: dict[str, Any] = {"k": k}
         for name, both in (("two_sided", True), ("one_sided", False)):
+            x = rng.standard_normal((sets, SAMPLES))
             nu = functional_variances(k, x, GRID, both)
             row[name] = {
                 "exact": dd.theory.singular_fluctuation(k, two_sided=both),
@@ -94,17 +94,18 @@ def draw(figure: Figure, measured: dict[str, Any]) -> None:
             color=colour,
             fontsize=9.5,
         )
-    top.plot(k, 1 / (2 * k), ":", lw=1.2, color=GREY)
-    top.annotate("λ = 1/(2k)", (k[-1], 1 / (2 * k[-1])), xytext=(0, 6),
+    fine = np.linspace(k[0], k[-1], 200)
+    top.plot(fine, 1 / (2 * fine), ":", lw=1.2, color=GREY)
+    top.annotate("λ = 1/(2k)", (k[-1], 1 / (2 * k[-1])), xytext=(0, -14),
                  textcoords="offset points", color=GREY, ha="right", fontsize=9)  # fmt: skip
     top.set_ylim(0, 0.55)
     top.set_ylabel("singular fluctuation ν(k, β = 1)")
-    top.set_title("ν of a direction depends on k and on the signs that t^k takes")
+    top.set_title("ν of a direction depends on k and on the signs that $t^k$ takes")
     top.text(
         0.99,
         0.97,
         f"bars: exact;  circles: {measured['sets']} data sets of {measured['samples']} samples\n"
-        "from N(0, 1), posterior of x ~ N(t^k, 1), ± 2 standard errors",
+        "from N(0, 1), posterior of $x \\sim N(t^k, 1)$, ± 2 standard errors",
         transform=top.transAxes,
         ha="right",
         va="top",

@@ -89,7 +89,13 @@ def measure(quick: bool) -> dict[str, Any]:
 PANELS = (
     ("radii", "fisher", "distance t", "uᵀFu", "Fisher:  $t^{\\,2(k-1)}$"),
     ("radii", "curvature", "distance t", "|sectional curvature|", "Curvature:  $t^{-2(k-1)}$"),
-    ("bounds", "volumes", "bound M", "Fisher volume", "Volume of |curvature| > M:  $M^{-k/(2(k-1))}$"),
+    (
+        "bounds",
+        "volumes",
+        "bound M",
+        "Fisher volume",
+        "Volume of |curvature| > M:  $M^{-k/(2(k-1))}$",
+    ),
 )
 
 CORNERS = ((0.97, 0.04, "right"), (0.97, 0.72, "right"), (0.04, 0.04, "left"))
