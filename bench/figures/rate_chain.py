@@ -122,7 +122,7 @@ def draw(figure: Figure, measured: dict[str, Any]) -> None:
             lines.append((text.replace("-", "−"), colour))
         x_text, y_text, align = CORNERS[j]
         style = {"fontsize": 9, "ha": align}
-        note(ax, x_text, y_text + 0.195, "measured slope (predicted: the line)", ha=align)
+        note(ax, x_text, y_text + 0.195, "measured slope (the line’s)", ha=align)
         for i, (text, colour) in enumerate(lines):
             note(ax, x_text, y_text + 0.065 * (2 - i), text, color=colour, **style)
         ax.set_xlabel(xlabel)

@@ -177,3 +177,26 @@ def test_rate_in_a_plane_of_two_dead_directions_is_refused():
 def test_errors_name_the_argument(call, error, name):
     with pytest.raises(error, match=f"^{name}: "):
         call(umbrella(2))
+
+
+@pytest.mark.parametrize("k", [2, 3, 4])
+def test_rounding_bound_in_rotated_coordinates(k):
+    """No coordinate is dead and no output is zero: everything small is a sum that cancels."""
+    draw = torch.Generator().manual_seed(k)
+    refused = []
+    for t in (1e-6, 1e-5, 1e-4, 1e-3, 1e-2):
+        q = torch.linalg.qr(torch.randn(3, 3, generator=draw, dtype=torch.float64)).Q
+        p = torch.linalg.qr(torch.randn(5, 5, generator=draw, dtype=torch.float64)).Q
+
+        def mu(x, q=q, p=p):
+            y = q @ x
+            return p[:, :4] @ torch.cat([umbrella(k)(y[:2]), y[2:]])
+
+        found = theory.sectional_curvature(mu, t * q[0], q[0], q[1])
+        if found.resolved:
+            assert abs(found.value - umbrella_curvature(k, t)) <= found.rounding
+        else:
+            assert found.verdict.startswith("unresolved: ")
+            refused.append(t)
+    # J u is k t^(k-1): resolved down to about 1e-13, refused below.
+    assert all(k * t ** (k - 1) < 1e-12 for t in refused)
