@@ -16,9 +16,12 @@ from deaddir_fast.reading import (
     DeadDirections,
     FreezeProbe,
     Triple,
+    curvature_ray,
     dead_directions,
     freeze_probe,
+    leading_scores,
     read_triple,
+    sectional_curvature,
 )
 from deaddir_fast.theory.rate import RateFit, fit_rate
 
@@ -38,13 +41,16 @@ __all__ = [
     "RayOrders",
     "Triple",
     "backend",
+    "curvature_ray",
     "dead_directions",
     "fit_rate",
     "freeze_probe",
     "gauge",
+    "leading_scores",
     "ops",
     "ray_curvature",
     "ray_orders",
     "read_triple",
+    "sectional_curvature",
     "theory",
 ]

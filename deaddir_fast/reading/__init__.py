@@ -2,6 +2,8 @@
 
 from deaddir_fast.reading.dead import DeadDirections, dead_directions
 from deaddir_fast.reading.freeze import FreezeProbe, FrozenLayer, freeze_probe
+from deaddir_fast.reading.leading import leading_scores
+from deaddir_fast.reading.sectional import curvature_ray, sectional_curvature
 from deaddir_fast.reading.triple import Triple, read_triple
 
 __all__ = [
@@ -9,7 +11,10 @@ __all__ = [
     "FreezeProbe",
     "FrozenLayer",
     "Triple",
+    "curvature_ray",
     "dead_directions",
     "freeze_probe",
+    "leading_scores",
     "read_triple",
+    "sectional_curvature",
 ]

@@ -311,6 +311,14 @@ class LocalModel:
         change[1] = change[1].clamp_min(self.spectrum.tolerance)
         return first_orders(rows, MARGIN * change)
 
+    def curve_coefficients(self, curves: Tensor, order: int, replicas: int = 0) -> list[Tensor]:
+        """Whitened coefficients along curves (q, p, d) of t^1..t^q, and perturbed copies of them.
+
+        Each is (order+1, p, N); the perturbed ones show the rounding.
+        """
+        padded = torch.cat([torch.zeros_like(curves[:1]), curves])
+        return self._rows(torch.zeros_like(curves[0]), padded, order, 1, replicas)[0]
+
     def _off_live(self, rows: Tensor) -> Tensor:
         """The part of (..., N) output patterns that live directions cannot produce."""
         left = self.spectrum.left
