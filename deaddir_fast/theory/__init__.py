@@ -10,6 +10,7 @@ from deaddir_fast.theory.odd_two_layer import odd_two_layer
 from deaddir_fast.theory.perfect_sampler import perfect_sampler
 from deaddir_fast.theory.quartet import Quartet, quartet
 from deaddir_fast.theory.reduced_rank import reduced_rank_local, reduced_rank_regression
+from deaddir_fast.theory.sampled_estimate import sampled_estimate
 from deaddir_fast.theory.volume import VolumeLaw, volume_law
 
 __all__ = [
@@ -28,6 +29,7 @@ __all__ = [
     "quartet",
     "reduced_rank_local",
     "reduced_rank_regression",
+    "sampled_estimate",
     "singular_fluctuation",
     "volume_law",
 ]
