@@ -20,8 +20,10 @@ from deaddir_fast.reading.dead import (
 from deaddir_fast.reading.dead_space import DeadSpace, explore, flag_basis
 from deaddir_fast.reading.fibre import doubt, neighbour_directions, onto_fibre
 from deaddir_fast.reading.local import LocalModel
-from deaddir_fast.theory.fluctuation import singular_fluctuation
+from deaddir_fast.theory.fluctuation import fluctuation_limits, singular_fluctuation
 from deaddir_fast.theory.local_rlct import local_threshold
+from deaddir_fast.theory.quartet import Quartet, quartet
+from deaddir_fast.theory.sampled_estimate import REFERENCES
 from deaddir_fast.theory.threshold import LocalThreshold, decided
 
 NEIGHBOURS = 8  # nearby points of the fibre that may lower the upper bound
@@ -51,6 +53,9 @@ class Triple:
         rests_on: what the reading assumes, in words.
         forwards: network evaluations spent, in plain forwards over all inputs; a Taylor
             propagation of order q along one curve counts as (q+1)(q+2)/2.
+        beta: inverse temperature at which ν is given.
+        singular: (k, h) of each singular direction, where they are independent and λ and ν are
+            sums over them; None where ν is unresolved.
     """
 
     rlct: Fraction | float
@@ -69,11 +74,63 @@ class Triple:
     floor: float
     rests_on: tuple[str, ...] = field(default=())
     forwards: float = 0.0
+    beta: float = 1.0
+    singular: tuple[tuple[int, int], ...] | None = None
 
     @property
     def resolved(self) -> bool:
         """Whether λ and m are decided."""
         return self.verdict == "resolved"
+
+    def fluctuation_at(self, beta: float | None = None) -> float:
+        """ν at another inverse temperature β (that of the triple by default).
+
+        Raises:
+            ValueError: where ν is not resolved, with the reason; or naming ``beta``.
+        """
+        if self.singular is None:
+            raise ValueError(f"triple: expected a resolved ν, got {self.fluctuation_verdict}")
+        beta = self.beta if beta is None else beta
+        return self.rank / 2 + sum(
+            singular_fluctuation(k, beta=beta, h=h) for k, h in self.singular
+        )
+
+    def quartet(self, beta: float | None = None) -> Quartet:
+        """Gibbs and Bayes, generalisation and training errors, WAIC and functional variance.
+
+        Leading coefficients of 1/n at inverse temperature β (that of the triple by default); see
+        ``theory.quartet``.
+
+        Raises:
+            ValueError: where λ or ν is not resolved, with the reason; or naming ``beta``.
+        """
+        beta = self.beta if beta is None else beta
+        return quartet(float(self.rlct), self.fluctuation_at(beta), beta)
+
+    def sampled_estimate(self, beta: float | None = None, *, reference: str = "minimum") -> float:
+        """What a sampler's estimate n β (<L_n> - L_n(w*)) of λ tends to for large n at fixed β.
+
+        To compare a local learning coefficient from SGLD or WBIC with λ; β multiplies n L_n.
+        ``reference`` is the loss subtracted: ``"population"``, ``"truth"`` or ``"minimum"`` as in
+        ``theory.sampled_estimate``, which also gives the corrections at finite n (of order
+        1/log n where m > 1). A model at a minimum of its training loss has the last.
+
+        Raises:
+            ValueError: where λ or ν is not resolved, with the reason; or naming an argument.
+        """
+        _check.choice("reference", reference, REFERENCES)
+        beta = _check.positive("beta", self.beta if beta is None else beta)
+        if reference == "population":
+            if not self.resolved:
+                raise ValueError(f"triple: expected a resolved λ, got {self.verdict}")
+            return float(self.rlct)
+        value = float(self.rlct) - beta * self.fluctuation_at(beta)
+        if reference == "truth":
+            return value
+        # n (L_n(w0) - min L_n) tends to the limit of ν for large β, direction by direction.
+        assert self.singular is not None
+        depth = self.rank / 2 + sum(fluctuation_limits(k, h=h)[1] for k, h in self.singular)
+        return value + beta * depth
 
     def __str__(self) -> str:
         if self.resolved:
@@ -107,27 +164,25 @@ def singular_part(local: LocalModel, space: DeadSpace, prior_exponent: int) -> L
     return found
 
 
-def fluctuation_part(
-    space: DeadSpace, found: LocalThreshold, beta: float, prior_exponent: int
-) -> tuple[float, str]:
-    """ν of the singular part, or NaN and the reason.
+def independent_directions(
+    space: DeadSpace, found: LocalThreshold, prior_exponent: int
+) -> tuple[tuple[tuple[int, int], ...] | None, str]:
+    """(k, h) of the singular directions over which ν is a sum, or None and the reason.
 
     ν adds over independent blocks and is universal in (k, parity, sidedness, prior, β) for one
     direction ("Dead Directions", the singular fluctuation along 1D dead directions).
     """
-    nan = float("nan")
     if not found.decided:
-        return nan, "λ is not resolved"
+        return None, "λ is not resolved"
     if space.germ is None:
-        return 0.0, "resolved"
+        return (), "resolved"
     adapted = flag_basis(space)
     if adapted is None:
-        return nan, "the singular directions do not split into independent ones"
-    orders = adapted[1]
-    finite = [int(k) for k in orders if k != float("inf")]
+        return None, "the singular directions do not split into independent ones"
+    finite = [int(k) for k in adapted[1] if k != float("inf")]
     if len(finite) == 1 and found.rlct == Fraction(1 + prior_exponent, 2 * finite[0]):
-        return singular_fluctuation(finite[0], beta=beta, h=prior_exponent), "resolved"
-    return nan, "several singular directions meet: ν depends on how their outputs are correlated"
+        return ((finite[0], prior_exponent),), "resolved"
+    return None, "several singular directions meet: ν depends on how their outputs are correlated"
 
 
 def neighbours(
@@ -238,7 +293,7 @@ def read_triple(
             "coefficients below their rounding are zero, and tangents closer than about its square "
             "root are one"
         )
-    nu, nu_why = fluctuation_part(space, found, beta, prior_exponent)
+    singular, nu_why = independent_directions(space, found, prior_exponent)
     total = found.plus(half)
     reasons = [spectrum_verdict(local), saturation(local)]
     lower, upper = total.lower, total.upper
@@ -257,10 +312,10 @@ def read_triple(
     if dead.rank_half is not None and dead.rank_half < dead.rank:
         rests.append(f"rank still grows with samples ({dead.rank_half} from half of them)")
     assert not resolved or total.rlct is not None
-    return Triple(
+    triple = Triple(
         rlct=total.rlct if resolved and total.rlct is not None else float("nan"),
         multiplicity=(total.multiplicity or 0) if resolved else 0,
-        fluctuation=split.rank / 2 + nu if resolved else float("nan"),
+        fluctuation=float("nan"),
         lower=lower,
         upper=upper,
         directions=dead,
@@ -269,7 +324,7 @@ def read_triple(
             "unresolved: λ is not resolved"
             if not resolved
             else nu_why
-            if nu == nu
+            if singular is not None
             else f"unresolved: {nu_why}"
         ),
         rule=total.rule,
@@ -280,4 +335,9 @@ def read_triple(
         floor=split.tolerance,
         rests_on=tuple(rests),
         forwards=local.spent.forwards,
+        beta=beta,
+        singular=singular if resolved else None,
     )
+    if triple.singular is None:
+        return triple
+    return replace(triple, fluctuation=triple.fluctuation_at())
