@@ -12,7 +12,14 @@ from deaddir_fast.nets.likelihood import (
 from deaddir_fast.nets.orders import RayOrders, ray_orders
 from deaddir_fast.nets.rays import RayCurvature, ray_curvature
 from deaddir_fast.nets.weights import RankOne
-from deaddir_fast.reading import DeadDirections, Triple, dead_directions, read_triple
+from deaddir_fast.reading import (
+    DeadDirections,
+    SchurCurvature,
+    Triple,
+    dead_directions,
+    read_triple,
+    schur_curvature,
+)
 from deaddir_fast.theory.rate import RateFit, fit_rate
 
 __version__ = "0.1.0"
@@ -28,6 +35,7 @@ __all__ = [
     "RateFit",
     "RayCurvature",
     "RayOrders",
+    "SchurCurvature",
     "Triple",
     "backend",
     "dead_directions",
@@ -37,5 +45,6 @@ __all__ = [
     "ray_curvature",
     "ray_orders",
     "read_triple",
+    "schur_curvature",
     "theory",
 ]

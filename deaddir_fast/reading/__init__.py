@@ -1,6 +1,14 @@
 """Readings of a network at its own parameters: dead directions and Watanabe's triple."""
 
 from deaddir_fast.reading.dead import DeadDirections, dead_directions
+from deaddir_fast.reading.schur import SchurCurvature, schur_curvature
 from deaddir_fast.reading.triple import Triple, read_triple
 
-__all__ = ["DeadDirections", "Triple", "dead_directions", "read_triple"]
+__all__ = [
+    "DeadDirections",
+    "SchurCurvature",
+    "Triple",
+    "dead_directions",
+    "read_triple",
+    "schur_curvature",
+]

@@ -10,6 +10,7 @@ from typing import Any
 from torch import nn
 
 from deaddir_fast import _check, gauge
+from deaddir_fast.reading.cross_check import cross_check
 from deaddir_fast.reading.dead import (
     DeadDirections,
     describe,
@@ -53,6 +54,9 @@ class Triple:
         rests_on: what the reading assumes, in words.
         forwards: network evaluations spent, in plain forwards over all inputs; a Taylor
             propagation of order q along one curve counts as (q+1)(q+2)/2.
+        selection_margin: largest ratio of the selection rule over λ_g/2 among the singular lines:
+            below 1 the straight lines are transversal; above, the reading rests on relaxing them.
+            NaN where there is no such line.
         beta: inverse temperature at which ν is given.
         singular: (k, h) of each singular direction, where they are independent and λ and ν are
             sums over them; None where ν is unresolved.
@@ -74,6 +78,7 @@ class Triple:
     floor: float
     rests_on: tuple[str, ...] = field(default=())
     forwards: float = 0.0
+    selection_margin: float = float("nan")
     beta: float = 1.0
     singular: tuple[tuple[int, int], ...] | None = None
 
@@ -304,7 +309,16 @@ def read_triple(
         # The rank may be off: live directions in doubt may be dead, and the other way round.
         lower = Fraction(split.rank - split.ambiguous, 2) if reasons[0] else lower
         upper = Fraction(local.space.dimension - space.orbit.shape[1], 2)
-    if not found.decided:
+    margin = float("nan")
+    if found.decided:
+        check = cross_check(local, space, max_order)
+        margin = check.margin
+        rests += check.notes
+        if check.reason:
+            reasons.append(check.reason)
+            lower = min(lower, half)
+            upper = Fraction(local.space.dimension - space.orbit.shape[1], 2)
+    else:
         reasons.append(found.rule)
     words = verdict(reasons)
     resolved = words == "resolved"
@@ -335,6 +349,7 @@ def read_triple(
         floor=split.tolerance,
         rests_on=tuple(rests),
         forwards=local.spent.forwards,
+        selection_margin=margin,
         beta=beta,
         singular=singular if resolved else None,
     )
