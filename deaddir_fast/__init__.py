@@ -14,9 +14,11 @@ from deaddir_fast.nets.rays import RayCurvature, ray_curvature
 from deaddir_fast.nets.weights import RankOne
 from deaddir_fast.reading import (
     DeadDirections,
+    PriorExponents,
     SchurCurvature,
     Triple,
     dead_directions,
+    prior_exponents,
     read_triple,
     schur_curvature,
 )
@@ -31,6 +33,7 @@ __all__ = [
     "Gaussian",
     "Likelihood",
     "Poisson",
+    "PriorExponents",
     "RankOne",
     "RateFit",
     "RayCurvature",
@@ -42,6 +45,7 @@ __all__ = [
     "fit_rate",
     "gauge",
     "ops",
+    "prior_exponents",
     "ray_curvature",
     "ray_orders",
     "read_triple",

@@ -12,7 +12,7 @@ from deaddir_fast.reading.local import LocalModel
 from deaddir_fast.reading.schur import schur_point
 from deaddir_fast.reading.selection import selection_rule
 
-DISTANCES = (0.1, 0.03, 0.01, 0.003)  # in units of the radius at which coefficients balance
+DISTANCES = (0.1, 0.03, 0.01, 0.003)  # in units of the distance at which coefficients balance
 CLEAR = 100.0  # times its rounding that a curvature has to be
 AGREES = 0.25  # orders closer than this are the same
 
@@ -58,7 +58,7 @@ def cross_check(local: LocalModel, space: DeadSpace, max_order: int) -> CrossChe
     agreed = 0
     for i in finite:
         k = float(rule.relaxed_orders[i])
-        read = _order_at_a_distance(local, vectors[i], k, min(space.radius, 1.0))
+        read = _order_at_a_distance(local, vectors[i], k, min(float(rule.windows[i]), 1.0))
         if read is None:
             continue
         if abs(read - k) > AGREES:

@@ -96,10 +96,10 @@ def schur_point(
     straight = local.theta + radius * vector
     raw = float(_tangents(local, straight, vector[None])[0].square().sum())
     theta, error = straight, 0.0
-    rounding = _rounding(local, straight)
+    rounding = rounding_near(local, straight)
     if relax and live.shape[0]:
         first = straight if start is None else straight + start
-        theta, error = _relax(local, first, live, rounding)
+        theta, error = relax_live(local, first, live, rounding)
         if not bool(torch.isfinite(theta).all()):
             nan = float("nan")
             return Point(raw, nan, nan, nan, nan, theta)
@@ -131,7 +131,7 @@ def schur_point(
     )
 
 
-def _rounding(local: LocalModel, theta: Tensor) -> float:
+def rounding_near(local: LocalModel, theta: Tensor) -> float:
     """Rounding of the residuals: that of the outputs, and what a last digit of θ changes."""
     generator = torch.Generator().manual_seed(17)
     draw = torch.randn(theta.shape, dtype=torch.float64, generator=generator)
@@ -158,7 +158,9 @@ def _least_squares(basis: Tensor, target: Tensor) -> Tensor:
     return torch.linalg.lstsq(basis, target[:, None], driver="gelsd").solution[:, 0]
 
 
-def _relax(local: LocalModel, theta: Tensor, live: Tensor, rounding: float) -> tuple[Tensor, float]:
+def relax_live(
+    local: LocalModel, theta: Tensor, live: Tensor, rounding: float
+) -> tuple[Tensor, float]:
     """Gauss-Newton for the least |f| over the live coordinates, and the error that is left.
 
     Steps are halved until |f| falls. The error is the part of f that live directions can produce.

@@ -20,6 +20,8 @@ class Selection:
         relaxed_orders: (p,) KL order after relaxing the live coordinates, NaN where unclear.
         gram_floor: λ_g, smallest eigenvalue of the Fisher on the live space; inf without one.
         ratios: (p,) 2k² Σ_a E[a b_a]² / (k² E[a²]); NaN where the line has no finite order >= 2.
+        windows: (p,) distance below which the leading relaxed coefficient outweighs the others;
+            NaN without a finite relaxed order.
         verdicts: ``"transversal"`` or why not, one for each line.
     """
 
@@ -27,6 +29,7 @@ class Selection:
     relaxed_orders: Tensor
     gram_floor: float
     ratios: Tensor
+    windows: Tensor
     verdicts: tuple[str, ...]
 
     @property
@@ -52,8 +55,10 @@ def selection_rule(local: LocalModel, vectors: Tensor, max_order: int) -> Select
     lines = local.line_orders(vectors, max_order)
     relaxed = jets.orders()
     ratios = torch.full((p,), nan, dtype=torch.float64)
+    windows = torch.full((p,), nan, dtype=torch.float64)
     verdicts = []
     for i, k in enumerate(lines):
+        windows[i] = _window(jets.residual[:, i].norm(dim=-1), relaxed[i])
         if k == 1:
             relaxed[i] = None
         if k is not None and 1 < k < inf:
@@ -67,7 +72,20 @@ def selection_rule(local: LocalModel, vectors: Tensor, max_order: int) -> Select
     def tensor(orders: list[float | None]) -> Tensor:
         return torch.tensor([nan if k is None else k for k in orders], dtype=torch.float64)
 
-    return Selection(tensor(lines), tensor(relaxed), gram_floor, ratios, tuple(verdicts))
+    return Selection(tensor(lines), tensor(relaxed), gram_floor, ratios, windows, tuple(verdicts))
+
+
+def _window(sizes: Tensor, order: float | None) -> float:
+    """Distance at which the leading coefficient and a higher one balance."""
+    if order is None or math.isinf(order):
+        return float("nan")
+    k = int(order)
+    ratios = [
+        float(sizes[k] / sizes[q]) ** (1 / (q - k))
+        for q in range(k + 1, len(sizes))
+        if float(sizes[q]) > 0
+    ]
+    return min(ratios, default=float("inf"))
 
 
 def _verdict(

@@ -21,6 +21,8 @@ from deaddir_fast.reading.dead import (
 from deaddir_fast.reading.dead_space import DeadSpace, explore, flag_basis
 from deaddir_fast.reading.fibre import doubt, neighbour_directions, onto_fibre
 from deaddir_fast.reading.local import LocalModel
+from deaddir_fast.reading.prior import LogPrior
+from deaddir_fast.reading.prior_rule import prior_rule
 from deaddir_fast.theory.fluctuation import fluctuation_limits, singular_fluctuation
 from deaddir_fast.theory.local_rlct import local_threshold
 from deaddir_fast.theory.quartet import Quartet, quartet
@@ -41,7 +43,7 @@ class Triple:
         rlct: λ, an exact ``Fraction``; NaN where unresolved.
         multiplicity: m; 0 where unresolved.
         fluctuation: ν at the given β; NaN where unresolved.
-        lower, upper: bounds on λ (equal to it where resolved).
+        lower, upper: bounds on λ (equal to it where resolved; inf where nothing is known).
         directions: the classified dead directions.
         verdict: ``"resolved"`` or why not; it speaks of λ and m.
         fluctuation_verdict: the same for ν.
@@ -66,7 +68,7 @@ class Triple:
     multiplicity: int
     fluctuation: float
     lower: Fraction
-    upper: Fraction
+    upper: Fraction | float
     directions: DeadDirections
     verdict: str
     fluctuation_verdict: str
@@ -80,7 +82,7 @@ class Triple:
     forwards: float = 0.0
     selection_margin: float = float("nan")
     beta: float = 1.0
-    singular: tuple[tuple[int, int], ...] | None = None
+    singular: tuple[tuple[int, Fraction], ...] | None = None
 
     @property
     def resolved(self) -> bool:
@@ -147,7 +149,7 @@ class Triple:
 def singular_part(local: LocalModel, space: DeadSpace, prior_exponent: int) -> LocalThreshold:
     """(λ, m) of what is left on the dead space outside the gauge orbit."""
     mu = space.size
-    whole = Fraction(mu, 2)
+    whole = Fraction(mu + prior_exponent, 2)
     if space.order is None:
         return LocalThreshold(None, None, Fraction(0), whole, space.reason)
     if mu == 0:
@@ -158,7 +160,7 @@ def singular_part(local: LocalModel, space: DeadSpace, prior_exponent: int) -> L
             return LocalThreshold(None, None, Fraction(0), whole, why)
         return decided(Fraction(0), 1, "smooth fibre: flat dead space")
     k = int(space.order)
-    upper = min(Fraction(mu + prior_exponent, 2 * k), whole + Fraction(prior_exponent, 2))
+    upper = Fraction(mu + prior_exponent, 2 * k)
     if space.germ is None:
         return LocalThreshold(None, None, Fraction(1, 2 * k), upper, space.reason)
     found = local_threshold(space.germ, prior_exponent=prior_exponent)
@@ -170,12 +172,13 @@ def singular_part(local: LocalModel, space: DeadSpace, prior_exponent: int) -> L
 
 
 def independent_directions(
-    space: DeadSpace, found: LocalThreshold, prior_exponent: int
-) -> tuple[tuple[tuple[int, int], ...] | None, str]:
+    space: DeadSpace, found: LocalThreshold, h: Fraction, even: bool
+) -> tuple[tuple[tuple[int, Fraction], ...] | None, str]:
     """(k, h) of the singular directions over which ν is a sum, or None and the reason.
 
     ν adds over independent blocks and is universal in (k, parity, sidedness, prior, β) for one
-    direction ("Dead Directions", the singular fluctuation along 1D dead directions).
+    direction ("Dead Directions", the singular fluctuation along 1D dead directions). ``even`` says
+    that the prior is the same on both sides, which matters where η^k takes both signs.
     """
     if not found.decided:
         return None, "λ is not resolved"
@@ -185,8 +188,10 @@ def independent_directions(
     if adapted is None:
         return None, "the singular directions do not split into independent ones"
     finite = [int(k) for k in adapted[1] if k != float("inf")]
-    if len(finite) == 1 and found.rlct == Fraction(1 + prior_exponent, 2 * finite[0]):
-        return ((finite[0], prior_exponent),), "resolved"
+    if len(finite) == 1 and found.rlct == (1 + h) / (2 * finite[0]):
+        if not even and finite[0] % 2:
+            return None, "the prior differs between the sides of the singular direction"
+        return ((finite[0], h),), "resolved"
     return None, "several singular directions meet: ν depends on how their outputs are correlated"
 
 
@@ -248,7 +253,7 @@ def read_triple(
     inputs: Any,
     *,
     likelihood: Any = "categorical",
-    prior_exponent: int = 0,
+    prior_exponent: int | LogPrior = 0,
     beta: float = 1.0,
     max_order: int = 8,
 ) -> Triple:
@@ -267,26 +272,32 @@ def read_triple(
         inputs: tensor, tuple or dict; samples lead. λ belongs to their empirical distribution.
         likelihood: as in ``dead_directions``.
         prior_exponent: h >= 0 of a prior that vanishes like the h-th power of the distance to θ0
-            along the singular directions; 0 for a positive prior.
+            along the singular directions; 0 for a positive prior. Or a function {parameter name:
+            fp64 tensor} -> log prior, whose exponents are then measured: a positive prior changes
+            nothing; one that vanishes or diverges is used where K is a sum of powers of
+            coordinates, each worth (h_i+1)/(2k_i), and the triple is unresolved elsewhere.
         beta: inverse temperature at which ν is given (λ and m do not depend on it).
         max_order: highest KL order looked for.
 
     Raises:
         ValueError, TypeError: naming the argument that does not fit.
     """
-    if (
+    log_prior = prior_exponent if callable(prior_exponent) else None
+    if log_prior is None and (
         isinstance(prior_exponent, bool)
         or not isinstance(prior_exponent, int)
         or prior_exponent < 0
     ):
-        raise _check.fail("prior_exponent", prior_exponent, "an integer >= 0")
+        expected = "an integer >= 0 or a function of {parameter name: tensor}"
+        raise _check.fail("prior_exponent", prior_exponent, expected)
+    h = 0 if callable(prior_exponent) else prior_exponent
     beta = _check.positive("beta", beta)
     local = open_local(model, inputs, likelihood, max_order)
     split = local.spectrum
     gauges = gauge.find(local.model, local.inputs)
     space = explore(local, max_order, gauges=gauges)
     half = Fraction(split.rank, 2)
-    found = singular_part(local, space, prior_exponent)
+    found = singular_part(local, space, h)
     rests = [f"{local.samples} samples, {split.rows} output equations", f"Taylor order {max_order}"]
     if not found.decided and not space.kinked:
         near = neighbours(local, space, gauges)
@@ -298,17 +309,28 @@ def read_triple(
             "coefficients below their rounding are zero, and tangents closer than about its square "
             "root are one"
         )
-    singular, nu_why = independent_directions(space, found, prior_exponent)
+    prior = None if log_prior is None else prior_rule(local, space, found, log_prior)
+    flat = prior is None or prior.upper is None
+    along, even = Fraction(h), True
+    if prior is not None:
+        rests += prior.notes
+        found = found.plus(prior.shift or Fraction(0))
+        along, even = prior.single or (along, even)
+    singular, nu_why = independent_directions(space, found, along, even)
+    if not flat and singular == ():
+        singular, nu_why = None, "the prior is not positive at the parameters"
     total = found.plus(half)
     reasons = [spectrum_verdict(local), saturation(local)]
-    lower, upper = total.lower, total.upper
+    lower: Fraction = total.lower
+    upper: Fraction | float = total.upper
+    largest = Fraction(local.space.dimension - space.orbit.shape[1] + h, 2)
     if local.kinked:
         # One-sided derivatives are no live directions; K <= C |θ − θ0|² still bounds λ above.
-        lower, upper = Fraction(0), Fraction(local.space.dimension, 2)
+        lower, upper = Fraction(0), Fraction(local.space.dimension + h, 2)
     if reasons[0] or reasons[1]:
         # The rank may be off: live directions in doubt may be dead, and the other way round.
         lower = Fraction(split.rank - split.ambiguous, 2) if reasons[0] else lower
-        upper = Fraction(local.space.dimension - space.orbit.shape[1], 2)
+        upper = largest
     margin = float("nan")
     if found.decided:
         check = cross_check(local, space, max_order)
@@ -317,9 +339,14 @@ def read_triple(
         if check.reason:
             reasons.append(check.reason)
             lower = min(lower, half)
-            upper = Fraction(local.space.dimension - space.orbit.shape[1], 2)
+            upper = largest
     else:
         reasons.append(found.rule)
+    if prior is not None and prior.upper is not None:
+        reasons.append(prior.reason)
+        if any(reasons):
+            # No bound of the flat prior holds for one that vanishes or diverges.
+            lower, upper = Fraction(0), prior.upper
     words = verdict(reasons)
     resolved = words == "resolved"
     dead = replace(describe(local, space, max_order), verdict=words)
