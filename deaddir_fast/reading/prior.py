@@ -80,8 +80,6 @@ def power(radii: Array, logs: Array) -> Power:
             None,
             f"exponent {value:.6g}: no fraction with a denominator of at most {DENOMINATOR}",
         )
-    if exact <= -1:
-        return Power(value, error, exact, f"exponent {exact}: not integrable")
     return Power(value, error, exact, None)
 
 
@@ -112,7 +110,7 @@ class PriorExponents:
         errors: (p,) spread of the estimates at the smallest radii, the larger of both sides.
         radii: (r,) the distances used, falling.
         verdicts: per direction ``"resolved"`` or why not: not finite, not a power, both sides
-            differ, not rational, not integrable.
+            differ, not rational. An exponent <= -1 is integrable only together with others.
     """
 
     exponents: Tensor

@@ -119,8 +119,8 @@ def _at(local: LocalModel, log_prior: LogPrior, moved: Tensor) -> float:
 
 def _upper(radial: list[Power], d: int) -> Fraction | float:
     """Bound of λ: K <= C |θ - θ0|², and the prior on a cone around one of the lines."""
-    known = [p.exact for p in radial if p.exact is not None and p.reason is None]
-    return max(Fraction(0), d + min(known)) / 2 if known else math.inf
+    known = [d + p.exact for p in radial if p.exact is not None and p.reason is None]
+    return min(known) / 2 if known and min(known) > 0 else math.inf
 
 
 def _one_exponent(found: list[Power]) -> tuple[Fraction | None, str]:
@@ -147,6 +147,8 @@ def _regular(
         return flagged(why)
     if h < 0 and d > 1:
         return flagged(f"it diverges with exponent {h}; decided for one direction only")
+    if h <= -1:
+        return flagged(f"exponent {h}: not integrable")
     note = f"prior: degree {h} along {len(radial)} generic half-lines"
     return PriorRule(h / 2, upper, notes=(note,))
 
@@ -204,6 +206,8 @@ def _on_dead_space(
         return flagged(why)
     if degree < 0 and mu > 1:
         return flagged(f"it diverges with degree {degree}; decided for one direction only")
+    if degree <= -1:
+        return flagged(f"exponent {degree}: not integrable")
     shift = degree / (2 * int(top))
     note = f"prior: degree {degree} on {len(found)} generic curves v_i = s_i t^({top:g}/k_i)"
     even = abs(math.expm1(ends[0] - ends[1])) < EVEN if mu == 1 else False
