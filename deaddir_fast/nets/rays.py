@@ -126,7 +126,8 @@ class _Moments:
         return self.scale * (self.squares / (self.count - 1) / self.count).sqrt()
 
 
-def _check_radii(radii: Any) -> Tensor:
+def check_radii(radii: Any) -> Tensor:
+    """Check real, finite radii; (r,) fp64 on the CPU."""
     try:
         values = torch.as_tensor(radii)
     except (TypeError, ValueError, RuntimeError):
@@ -386,7 +387,7 @@ def ray_curvature(
     n = graph.batch_size(inputs)
     if n == 0:
         raise ValueError("inputs: expected at least one sample, got 0")
-    grid = _check_radii(radii)
+    grid = check_radii(radii)
     lik = likelihoods.get(likelihood)
     _check.choice("fisher", fisher, KINDS)
     if (targets is not None) != (fisher == "empirical"):

@@ -3,6 +3,8 @@
 from deaddir_fast.reading.dead import DeadDirections, dead_directions
 from deaddir_fast.reading.freeze import FreezeProbe, FrozenLayer, freeze_probe
 from deaddir_fast.reading.leading import leading_scores
+from deaddir_fast.reading.prior import PriorExponents, prior_exponents
+from deaddir_fast.reading.schur import SchurCurvature, schur_curvature
 from deaddir_fast.reading.sectional import curvature_ray, sectional_curvature
 from deaddir_fast.reading.triple import Triple, read_triple
 
@@ -10,11 +12,15 @@ __all__ = [
     "DeadDirections",
     "FreezeProbe",
     "FrozenLayer",
+    "PriorExponents",
+    "SchurCurvature",
     "Triple",
     "curvature_ray",
     "dead_directions",
     "freeze_probe",
     "leading_scores",
+    "prior_exponents",
     "read_triple",
+    "schur_curvature",
     "sectional_curvature",
 ]

@@ -13,6 +13,7 @@ from torch.utils import _pytree as pytree
 
 from deaddir_fast import _check
 from deaddir_fast.fisher.jacobian import (
+    ROW_BLOCK,
     Spectrum,
     decompose,
     whitened_coefficients,
@@ -212,6 +213,18 @@ class LocalModel:
         jet = self.program.run(curves, 1, base=self.state)
         return self.whiten(jet.coefficients[1])
 
+    def tangents_at(self, theta: Tensor, vectors: Tensor) -> tuple[Tensor, Tensor]:
+        """Outputs (n, *out) at ``theta`` and their derivatives (k, n, *out) along (k, d)."""
+        self.spent.jets(vectors.shape[0], 1)
+        base = self.space.directions(theta)
+        outputs, parts = self.outputs, []
+        for block in vectors.split(ROW_BLOCK):
+            curves = {k: v[None] for k, v in self.space.directions(block).items()}
+            jet = self.program.run(curves, 1, base=base)
+            outputs, tangents = jet.coefficients[0][0], jet.coefficients[1]
+            parts.append(tangents)
+        return outputs, torch.cat(parts)
+
     def pull(self, cotangents: Tensor) -> Tensor:
         """(k, N) cotangents -> (k, d) products Bᵀ w, one backward pass each."""
         self.spent.forwards += 1 + 2 * cotangents.shape[0]
@@ -237,9 +250,12 @@ class LocalModel:
 
     def residuals(self, theta: Tensor) -> Tensor:
         """(N,) whitened difference of the outputs at ``theta`` from those at θ0 (base metric)."""
+        return self.whiten(self.outputs_at(theta) - self.outputs)
+
+    def outputs_at(self, theta: Tensor) -> Tensor:
+        """(n, *out) outputs at ``theta``."""
         self.spent.forwards += 1
-        outputs = call_model(self.model, self.space.directions(theta), self.inputs)
-        return whitened_coefficients(outputs - self.outputs, self.outputs, self.likelihood)
+        return call_model(self.model, self.space.directions(theta), self.inputs)
 
     def residual_floor(self) -> float:
         """Rounding of the norm of :meth:`residuals` at θ0."""
@@ -249,9 +265,10 @@ class LocalModel:
         size = float(plain.norm()) + rms * float(spread.norm()) / self.samples**0.5
         return 64 * torch.finfo(torch.float64).eps * size
 
-    def whiten(self, coefficients: Tensor) -> Tensor:
-        """(..., n, *out) -> (..., N) in the metric at θ0."""
-        return whitened_coefficients(coefficients, self.outputs, self.likelihood)
+    def whiten(self, coefficients: Tensor, outputs: Tensor | None = None) -> Tensor:
+        """(..., n, *out) -> (..., N) in the metric at θ0, or that of other outputs (n, *out)."""
+        outputs = self.outputs if outputs is None else outputs
+        return whitened_coefficients(coefficients, outputs, self.likelihood)
 
     def relaxed_jets(
         self, vectors: Tensor, order: int, *, side: int = 1, uncertainty: float = 0.0
@@ -272,15 +289,10 @@ class LocalModel:
         """
         split = self.spectrum
         p, rank = vectors.shape[0], split.rank
-        eps = torch.finfo(torch.float64).eps
         # Rounding: the whole computation again for vectors turned by the digits that the split
         # into live and dead loses, and every number perturbed by its last digits.
-        condition = float(split.values[0] / split.values[rank - 1]) if rank else 1.0
-        loss = 8 * eps * condition
-        generator = torch.Generator().manual_seed(3)
-        turn = torch.randn(vectors.shape, generator=generator, dtype=torch.float64)
-        turned = vectors + max(loss, uncertainty) * turn / turn.norm(dim=1, keepdim=True)
-        both = torch.cat([vectors, turned])
+        loss = self._loss
+        both = torch.cat([vectors, self._turned(vectors, max(loss, uncertainty))])
         corrections = torch.zeros(order + 1, 2 * p, self.space.dimension, dtype=torch.float64)
         inverse = (split.left / split.values[:rank]).T  # (r, N)
         (straight,), notes = self._rows(both, None, order, side, 0)
@@ -302,14 +314,33 @@ class LocalModel:
     def line_orders(self, vectors: Tensor, order: int) -> list[float | None]:
         """KL orders of straight lines along (p, d) unit vectors.
 
-        A computed dead vector is off by the digits the split loses; a first coefficient that such
-        an error explains counts as zero.
+        A computed dead vector is off by the digits the split loses; coefficients that such an
+        error explains count as zero.
         """
-        (rows, *copies), _ = self._rows(vectors, None, order, 1, 1)
-        change = torch.stack([(c - rows).norm(dim=-1) for c in copies]).amax(0)
-        change = torch.maximum(change, torch.finfo(torch.float64).eps * rows.norm(dim=-1))
-        change[1] = change[1].clamp_min(self.spectrum.tolerance)
-        return first_orders(rows, MARGIN * change)
+        p = vectors.shape[0]
+        both = torch.cat([vectors, self._turned(vectors, self._loss)])
+        (rows, *copies), _ = self._rows(both, None, order, 1, 1)
+        changes = [(c - rows)[:, :p].norm(dim=-1) for c in copies]
+        changes += [(rows[:, p:] - rows[:, :p]).norm(dim=-1)]
+        rows = rows[:, :p]
+        noise = MARGIN * torch.stack(changes).amax(0)
+        noise = torch.maximum(noise, MARGIN * torch.finfo(torch.float64).eps * rows.norm(dim=-1))
+        noise[1] = noise[1].clamp_min(MARGIN * self.spectrum.tolerance)
+        return first_orders(rows, noise)
+
+    @property
+    def _loss(self) -> float:
+        """How far a computed dead vector may be off."""
+        split = self.spectrum
+        condition = float(split.values[0] / split.values[split.rank - 1]) if split.rank else 1.0
+        return 8 * torch.finfo(torch.float64).eps * condition
+
+    @staticmethod
+    def _turned(vectors: Tensor, angle: float) -> Tensor:
+        """Unit vectors turned at random by a small angle."""
+        generator = torch.Generator().manual_seed(3)
+        turn = torch.randn(vectors.shape, generator=generator, dtype=torch.float64)
+        return vectors + angle * turn / turn.norm(dim=1, keepdim=True)
 
     def curve_coefficients(self, curves: Tensor, order: int, replicas: int = 0) -> list[Tensor]:
         """Whitened coefficients along curves (q, p, d) of t^1..t^q, and perturbed copies of them.

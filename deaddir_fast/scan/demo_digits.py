@@ -74,7 +74,7 @@ class DigitsReading:
     multiplicity: int
     fluctuation: float
     lower: Fraction
-    upper: Fraction
+    upper: Fraction | float
     verdict: str
     fluctuation_verdict: str
     rule: str

@@ -43,7 +43,7 @@ class ExactCase:
     multiplicity: int
     fluctuation: float
     lower: Fraction
-    upper: Fraction
+    upper: Fraction | float
     verdict: str
     fluctuation_verdict: str
     rule: str

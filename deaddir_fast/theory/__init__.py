@@ -16,6 +16,7 @@ from deaddir_fast.theory.odd_two_layer import odd_two_layer
 from deaddir_fast.theory.perfect_sampler import perfect_sampler
 from deaddir_fast.theory.quartet import Quartet, quartet
 from deaddir_fast.theory.reduced_rank import reduced_rank_local, reduced_rank_regression
+from deaddir_fast.theory.sampled_estimate import sampled_estimate
 from deaddir_fast.theory.sectional import curvature_ray, sectional_curvature
 from deaddir_fast.theory.volume import VolumeLaw, volume_law
 
@@ -47,6 +48,7 @@ __all__ = [
     "quartet",
     "reduced_rank_local",
     "reduced_rank_regression",
+    "sampled_estimate",
     "sectional_curvature",
     "singular_fluctuation",
     "volume_law",

@@ -82,8 +82,12 @@ def flag(germ: Germ) -> list[tuple[Array, int]] | None:
     return blocks
 
 
-def _graded(germ: Germ) -> LocalThreshold | None:
-    """The graded rule, with blocks from ``flag``."""
+def graded(germ: Germ) -> LocalThreshold | None:
+    """The graded rule, with blocks from ``flag``; None where K is no sum of powers of blocks.
+
+    Raises:
+        Undecided: where a coefficient is neither clearly zero nor clearly present.
+    """
     d = germ.variables
     blocks = flag(germ)
     if blocks is None:
@@ -243,9 +247,9 @@ def local_threshold(germ: Germ, *, prior_exponent: int = 0) -> LocalThreshold:
         return planar_threshold(germ.planar(), noise=germ.noise, prior_exponent=h)
     bounds = Fraction(1, 2 * k), Fraction(d + h, 2 * k)
     try:
-        graded = _graded(germ)
-        if graded is not None and (h == 0 or graded.rlct == Fraction(d, 2 * k)):
-            return graded.plus(Fraction(h, 2 * k))
+        sums = graded(germ)
+        if sums is not None and (h == 0 or sums.rlct == Fraction(d, 2 * k)):
+            return sums.plus(Fraction(h, 2 * k))
         if h == 0:
             for rule in (_monomial(germ), _complete_intersection(germ, k)):
                 if rule is not None:

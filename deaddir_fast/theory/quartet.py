@@ -33,15 +33,15 @@ def quartet(rlct: float | Fraction, fluctuation: float, beta: float = 1.0) -> Qu
     """Errors of Bayesian learning at inverse temperature β (Watanabe 2009, 2018; realizable case).
 
     Args:
-        rlct: λ > 0, of the whole model.
+        rlct: λ of the whole model, > 0 (0 with ``fluctuation`` 0: nothing to learn).
         fluctuation: nu(β) >= 0 at this same β, summed over independent directions.
         beta: inverse temperature > 0.
 
     Raises:
         TypeError, ValueError: naming the argument.
     """
-    lam = _check.positive("rlct", rlct)
     nu = _check.positive("fluctuation", fluctuation, allow_zero=True)
+    lam = _check.positive("rlct", rlct, allow_zero=nu == 0)
     beta = _check.positive("beta", beta)
     variance = 2 * nu / beta
     training = (lam - nu) / beta - nu

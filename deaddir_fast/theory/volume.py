@@ -34,6 +34,11 @@ class VolumeLaw:
         epsilon = _check.positive("epsilon", epsilon)
         return 1.0 if epsilon >= 1 else self._sum(-math.log(epsilon), 0)
 
+    def density(self, epsilon: float) -> float:
+        """Return dV/dε, the probability density of K at ``epsilon``, ε > 0."""
+        epsilon = _check.positive("epsilon", epsilon)
+        return 0.0 if epsilon > 1 else -self._sum(-math.log(epsilon), 1) / epsilon
+
     def log_slope(self, epsilon: float) -> float:
         """Return d log V / d log ε, close to λ - (m-1)/log(1/ε) for small ε; 0 < ε < 1."""
         epsilon = _check.positive("epsilon", epsilon)

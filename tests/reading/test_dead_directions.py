@@ -130,6 +130,18 @@ def test_all_and_none_dead() -> None:
     assert result.directions["w"].shape == (0, 2)
 
 
+def test_rounding_of_a_computed_direction_is_no_order() -> None:
+    """Equal tanh units: b_1 - b_2 is a straight fibre, known to the digits of the split only."""
+
+    def f(w: Tensor) -> Tensor:
+        x = torch.linspace(-1, 2, 7, dtype=D)
+        return w[2] * torch.tanh(w[0] * x) + w[3] * torch.tanh(w[1] * x)
+
+    result = found(f, [0.8, 0.8, 1.2, 0.7])
+    assert result.kinds == ("singular", "fibre")
+    assert result.line_orders.tolist() == [2.0, math.inf]
+
+
 def test_select() -> None:
     result = found(lambda w: torch.stack([w[0] ** 2, w[1] ** 3]), [0.0, 0.0])
     part: dict[str, Tensor] = result.select([0])

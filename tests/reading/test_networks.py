@@ -83,11 +83,15 @@ def test_reduced_rank_strata(case: tuple[int, ...]) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("case", [c for c in strata(3) if c not in DEEPEST], ids=str)
+@pytest.mark.parametrize("case", [c for c in strata(4) if c not in DEEPEST], ids=str)
 def test_all_reduced_rank_strata(case: tuple[int, ...]) -> None:
+    """All 705 strata of widths up to 4; where the fibre is smooth nothing is left open."""
+    m, n, h, r, p, q = case
     exact = reduced_rank_local(*case)
-    found = read_triple(stratum(*case), data(20, case[0]), likelihood="gaussian")
-    holds(found, exact.rlct, exact.multiplicity)
+    found = read_triple(stratum(*case), data(20, m), likelihood="gaussian")
+    resolved = holds(found, exact.rlct, exact.multiplicity)
+    smooth = 0 in (m - p, n - q, h + r - p - q)
+    assert resolved or not smooth
 
 
 def relu_net() -> nn.Sequential:

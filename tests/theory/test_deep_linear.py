@@ -96,6 +96,50 @@ def test_against_codimensions_of_quiver_strata():
                 assert deep_linear(widths, rank).rlct == Fraction(smallest, 2), (widths, rank)
 
 
+def _smallest_codimension(widths, rank):
+    """The same minimum by dynamic programming over the layers, for wide and deep networks.
+
+    The state at a layer is how many intervals that reach it start at each earlier layer. Those
+    that end there extend only intervals that go on and start later, so the codimension is a sum
+    over layers. The ``rank`` full intervals extend nothing.
+    """
+    w = [v - rank for v in widths]
+    states = {(w[0],): 0}
+    for width in w[1:]:
+        following = {}
+        for state, cost in states.items():
+            for kept in itertools.product(*(range(c + 1) for c in state)):
+                new = width - sum(kept)
+                if new < 0:
+                    continue
+                alive, total = new, cost
+                for c, d in zip(reversed(state), reversed(kept), strict=True):
+                    total += (c - d) * alive
+                    alive += d
+                key = (*kept, new)
+                if total < following.get(key, total + 1):
+                    following[key] = total
+        states = following
+    fixed = rank * (widths[0] + widths[-1]) - rank**2
+    return fixed + min(cost for state, cost in states.items() if state[0] == 0)
+
+
+def test_both_codimensions_agree():
+    for widths in itertools.product(range(1, 4), repeat=4):
+        for rank in range(min(widths) + 1):
+            assert _smallest_codimension(widths, rank) == min(_orbit_codimensions(widths, rank))
+
+
+@pytest.mark.slow
+def test_a_thousand_networks_against_codimensions():
+    """Width up to 9, depth up to 6, drawn at random."""
+    rng = random.Random(2)
+    for _ in range(1000):
+        widths, rank = _random_network(rng)
+        smallest = Fraction(_smallest_codimension(widths, rank), 2)
+        assert deep_linear(widths, rank).rlct == smallest, (widths, rank)
+
+
 def test_width_one_chain_is_a_normal_crossing():
     for depth in range(1, 9):
         assert deep_linear([1] * (depth + 1), 0) == normal_crossing([1] * depth)

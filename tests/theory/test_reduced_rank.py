@@ -57,6 +57,18 @@ def test_local_values_fall_towards_deeper_points():
                     assert reduced_rank_local(m, n, h, r, p, q + 1).rlct >= here.rlct
 
 
+def test_global_value_is_the_minimum_over_the_strata():
+    """Of the local values at every (rank A, rank B); attained at the deepest points."""
+    for m, n, h, r in CASES:
+        local = {
+            (p, q): reduced_rank_local(m, n, h, r, p, q)
+            for p in range(r, min(m, h) + 1)
+            for q in range(r, min(n, h, h + r - p) + 1)
+        }
+        smallest = min(found.rlct for found in local.values())
+        assert smallest == reduced_rank_regression(m, n, h, r).rlct == local[r, r].rlct
+
+
 @pytest.mark.parametrize(("m", "n", "h", "r"), [(4, 3, 3, 1), (2, 5, 4, 0), (3, 3, 5, 2)])
 def test_smooth_strata_have_half_the_rank_of_the_jacobian(m, n, h, r):
     generator = torch.Generator().manual_seed(0)
