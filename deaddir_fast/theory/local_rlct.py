@@ -15,15 +15,21 @@ The rules, tried in turn:
   programme over the polyhedron is exact;
 * complete intersection: the leading forms number c, and where they vanish (away from the origin)
   their differentials are independent. One blow-up then gives normal crossings:
-  λ = min(d/(2k), c/2), m = 2 on a tie.
+  λ = min(d/(2k), c/2), m = 2 on a tie;
+* Newton non-degenerate (``newton``), in the given coordinates and in those of the flag of orders.
 
-Otherwise the certified bounds 1/(2k) <= λ <= d/(2k) are returned with the reason.
+Otherwise bounds that hold are returned with the reason: 1/(2k) <= λ, and λ at most d/(2k) or the
+linear programme over the Newton polyhedron of all terms that may be there (``newton_bound``), in
+the same coordinates.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import replace
 from fractions import Fraction
+from itertools import product
 
 import numpy as np
 from numpy.typing import NDArray
@@ -31,6 +37,7 @@ from scipy.optimize import linprog
 
 from deaddir_fast.theory.germ import Germ, monomials
 from deaddir_fast.theory.monomial import monomial_ideal
+from deaddir_fast.theory.newton import newton_bound, nondegenerate
 from deaddir_fast.theory.planar import planar_threshold
 from deaddir_fast.theory.sphere import smallest_on_sphere
 from deaddir_fast.theory.threshold import LocalThreshold, Undecided, decided
@@ -175,9 +182,10 @@ def _monomial(germ: Germ) -> LocalThreshold | None:
     return decided(Fraction(rlct), multiplicity, rule, rests_on_zeros=not closed, multiple=high)
 
 
-def _complete_intersection(germ: Germ, k: int) -> LocalThreshold | None:
+def _complete_intersection(germ: Germ) -> LocalThreshold | None:
     """The complete-intersection rule."""
-    d = germ.variables
+    d, k = germ.variables, order(germ)
+    assert k is not None
     forms = germ.part(k)
     singular = np.linalg.svd(forms, compute_uv=False)
     c = int((singular > 1e-6 * singular[0]).sum())
@@ -241,17 +249,38 @@ def local_threshold(germ: Germ, *, prior_exponent: int = 0) -> LocalThreshold:
             return replace(local_threshold(germ.substitute(across)), rests_on_zeros=True)
     if d == 2:
         return planar_threshold(germ.planar(), noise=germ.noise, prior_exponent=h)
-    bounds = Fraction(1, 2 * k), Fraction(d + h, 2 * k)
+    lower, upper = Fraction(1, 2 * k), Fraction(d + h, 2 * k)
+    reasons: list[str] = []
     try:
         graded = _graded(germ)
         if graded is not None and (h == 0 or graded.rlct == Fraction(d, 2 * k)):
             return graded.plus(Fraction(h, 2 * k))
-        if h == 0:
-            for rule in (_monomial(germ), _complete_intersection(germ, k)):
-                if rule is not None:
-                    return rule
     except Undecided as why:
-        return LocalThreshold(None, None, *bounds, str(why))
-    return LocalThreshold(
-        None, None, *bounds, f"no rule decides this singularity of order {k} in {d} dimensions"
-    )
+        reasons.append(str(why))
+    coordinates = list(_coordinates(germ)) if h == 0 else []
+    for adapted, rule in product(coordinates, (_monomial, _complete_intersection, nondegenerate)):
+        try:
+            found = rule(adapted)
+        except Undecided as why:
+            reasons.append(str(why))
+            continue
+        if found is not None:
+            return found
+    for adapted in coordinates:
+        with suppress(Undecided):
+            upper = min(upper, newton_bound(adapted))
+    reason = f"no rule decides this singularity of order {k} in {d} dimensions"
+    if reasons:
+        reason += f" ({'; '.join(dict.fromkeys(reasons))})"
+    return LocalThreshold(None, None, lower, upper, reason)
+
+
+def _coordinates(germ: Germ) -> Iterator[Germ]:
+    """The germ in a few linear coordinate systems, the given one first."""
+    yield germ
+    with suppress(Undecided):
+        blocks = flag(germ)
+        if blocks is not None:
+            basis = np.concatenate([b for b, _ in blocks], axis=1)
+            if not np.allclose(np.abs(basis).max(0), 1.0):
+                yield germ.substitute(basis)

@@ -16,7 +16,8 @@ from reading.functions import ONE, Function, holds, read, turn
 
 torch.set_num_threads(1)
 BY_NUMBER = {e.number: e for e in EXAMPLES}
-OPEN = {8, 17, 19, 20}  # no rule decides them in every coordinate system
+OPEN = {19, 20}  # no rule decides them
+ROTATED = {8, 17, *OPEN}  # nor these in every coordinate system
 Q = Fraction
 
 
@@ -48,7 +49,7 @@ def test_other_coordinates(example: Example, bend: float, seed: int) -> None:
         return example.function(example.w0 + frame @ v + bent)
 
     resolved = holds(read(moved, [0.0] * d), example.rlct, example.multiplicity)
-    assert resolved or example.number in OPEN
+    assert resolved or example.number in ROTATED
 
 
 @pytest.mark.parametrize("number", [5, 10, 12, 14, 18])
