@@ -12,7 +12,14 @@ from deaddir_fast.nets.likelihood import (
 from deaddir_fast.nets.orders import RayOrders, ray_orders
 from deaddir_fast.nets.rays import RayCurvature, ray_curvature
 from deaddir_fast.nets.weights import RankOne
-from deaddir_fast.reading import DeadDirections, Triple, dead_directions, read_triple
+from deaddir_fast.reading import (
+    DeadDirections,
+    Triple,
+    WeightedBound,
+    dead_directions,
+    read_triple,
+    weighted_bound,
+)
 from deaddir_fast.theory.rate import RateFit, fit_rate
 
 __version__ = "0.1.0"
@@ -29,6 +36,7 @@ __all__ = [
     "RayCurvature",
     "RayOrders",
     "Triple",
+    "WeightedBound",
     "backend",
     "dead_directions",
     "fit_rate",
@@ -38,4 +46,5 @@ __all__ = [
     "ray_orders",
     "read_triple",
     "theory",
+    "weighted_bound",
 ]

@@ -14,11 +14,11 @@ N(w) = min_{v in Γ} <v, w>, and m_P its multiplicity (the linear programme of `
 γ* is the smallest face of Γ that contains the point (1, …, 1)/(2P).
 
 Proof. Take a regular simplicial subdivision of the normal fan of Γ and the map π of its toric
-variety: x_i = Π_j y_j^{w_ji} in the chart of a cone with rays w_j. There f_a∘π is Π y_j^{N(w_j)} F_a
-and the Jacobian Π y_j^{|w_j|−1}, |w| = Σ w_i. A point p with y_j = 0 exactly for j in J lies over
-x = 0 if and only if Σ_J w_j has positive entries, that is if and only if the face γ on which all
-these w_j are smallest is compact (so compact faces suffice, π being proper). On that stratum F_a
-is f_{a,γ} up to a monomial without zeros, and so are its zeros and its differentials there.
+variety: x_i = Π_j y_j^{w_ji} in the chart of a cone with rays w_j. There f_a∘π = F_a·Π y_j^{N_j},
+N_j = N(w_j); the Jacobian is Π y_j^{|w_j|−1}, |w| = Σ w_i. A point p with y_j = 0 exactly for j
+in J lies over x = 0 if and only if Σ_J w_j has positive entries, that is if and only if the face γ
+on which all these w_j are smallest is compact (so compact faces suffice, π being proper). On that
+stratum F_a is f_{a,γ} up to a monomial without zeros, and so are its zeros and differentials there.
 
 If F(p) ≠ 0, |f∘π|² is a monomial times a unit at p. If F(p) = 0, the F_a are, with the y_j of J,
 part of a coordinate system, and the ideal is Π_J y_j^{N_j}·(F_1, …, F_g). Blowing up F = 0 gives

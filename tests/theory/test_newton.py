@@ -28,7 +28,7 @@ def germ(*functions: Terms, top: int = 6) -> Germ:
 
 
 # f = x² + q(y, z): (name, terms, q, λ, m). Rational double points (A, D, E) have a resolution in
-# which f is reduced and every divisor offers at least 1, so λ = 1/2; the umbrella is a double curve.
+# which f is reduced and every divisor offers 1 or more, so λ = 1/2; the umbrella has a double line.
 SURFACES: list[tuple[str, Terms, Callable[[Array, Array], Array], Fraction, int]] = [
     ("cone", {(2, 0, 0): 1, (0, 2, 0): 1, (0, 0, 2): -1}, lambda y, z: y**2 - z**2, Q(1, 2), 1),
     ("A3", {(2, 0, 0): 1, (0, 2, 0): -1, (0, 0, 4): 1}, lambda y, z: z**4 - y**2, Q(1, 2), 1),

@@ -57,7 +57,7 @@ def test_facets_by_definition(d: int) -> None:
                             for k in range(1, 200)
                             if np.allclose(k * w / smallest, np.round(k * w / smallest), atol=1e-6)
                         )
-                        assert tuple(int(round(x)) for x in whole) in known
+                        assert tuple(round(float(x)) for x in whole) in known
 
 
 def test_compact_faces_of_a_simplex() -> None:
