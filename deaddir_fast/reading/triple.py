@@ -101,7 +101,7 @@ def singular_part(local: LocalModel, space: DeadSpace, prior_exponent: int) -> L
         return LocalThreshold(None, None, Fraction(1, 2 * k), upper, space.reason)
     found = local_threshold(space.germ, prior_exponent=prior_exponent)
     if found.decided and found.rests_on_zeros:
-        why = doubt(local, space, multiple=found.multiple)
+        why = doubt(local, space, multiple=found.multiple, fibres=found.fibres)
         if why:
             return LocalThreshold(None, None, Fraction(0), upper, why)
     return found

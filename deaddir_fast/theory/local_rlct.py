@@ -16,7 +16,8 @@ The rules, tried in turn:
 * complete intersection: the leading forms number c, and where they vanish (away from the origin)
   their differentials are independent. One blow-up then gives normal crossings:
   λ = min(d/(2k), c/2), m = 2 on a tie;
-* Newton non-degenerate (``newton``), in the given coordinates and in those of the flag of orders.
+* Newton non-degenerate (``newton``), in the given coordinates, in those of the
+  flag of orders, and in those of linear factors of leading forms (``linear_factors``).
 
 Otherwise bounds that hold are returned with the reason: 1/(2k) <= λ, and λ at most d/(2k) or the
 linear programme over the Newton polyhedron of all terms that may be there (``newton_bound``), in
@@ -29,22 +30,28 @@ from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import replace
 from fractions import Fraction
-from itertools import product
 
 import numpy as np
 from numpy.typing import NDArray
 from scipy.optimize import linprog
 
 from deaddir_fast.theory.germ import Germ, monomials
+from deaddir_fast.theory.linear_factors import factor_coordinates
 from deaddir_fast.theory.monomial import monomial_ideal
 from deaddir_fast.theory.newton import newton_bound, nondegenerate
 from deaddir_fast.theory.planar import planar_threshold
 from deaddir_fast.theory.sphere import smallest_on_sphere
-from deaddir_fast.theory.threshold import LocalThreshold, Undecided, decided
+from deaddir_fast.theory.threshold import (
+    LocalThreshold,
+    Undecided,
+    coordinate_fibres,
+    decided,
+)
 
 Array = NDArray[np.float64]
 
 FLAT = 1e-5  # relative derivative below which a leading form does not depend on a direction
+BLUR = 30.0  # rounding in coordinates found from factors, over that of the coefficients
 MONOMIAL_LIMIT = 60  # support points given to the exact linear programme
 
 
@@ -176,10 +183,8 @@ def _monomial(germ: Germ) -> LocalThreshold | None:
     ]
     if tuple(monomial_ideal(chosen + beyond)) != (rlct, multiplicity):
         rule += f", terms beyond degree {germ.top} taken as absent"
-    pure = {i for e in chosen for i in range(germ.variables) if e[i] == sum(e)}
-    closed = len(pure) == germ.variables
-    high = not closed and any(max(e) > 1 for e in chosen)
-    return decided(Fraction(rlct), multiplicity, rule, rests_on_zeros=not closed, multiple=high)
+    fibres = coordinate_fibres(chosen)
+    return decided(Fraction(rlct), multiplicity, rule, rests_on_zeros=bool(fibres), fibres=fibres)
 
 
 def _complete_intersection(germ: Germ) -> LocalThreshold | None:
@@ -246,7 +251,8 @@ def local_threshold(germ: Germ, *, prior_exponent: int = 0) -> LocalThreshold:
         if 0 < kept.shape[1] < d:
             across = np.linalg.svd(kept, full_matrices=True)[0][:, kept.shape[1] :]
             # Dropping a direction to rounding claims a fibre along it.
-            return replace(local_threshold(germ.substitute(across)), rests_on_zeros=True)
+            inner = local_threshold(germ.substitute(across))
+            return replace(inner.moved(across), rests_on_zeros=True)
     if d == 2:
         return planar_threshold(germ.planar(), noise=germ.noise, prior_exponent=h)
     lower, upper = Fraction(1, 2 * k), Fraction(d + h, 2 * k)
@@ -257,16 +263,18 @@ def local_threshold(germ: Germ, *, prior_exponent: int = 0) -> LocalThreshold:
             return graded.plus(Fraction(h, 2 * k))
     except Undecided as why:
         reasons.append(str(why))
-    coordinates = list(_coordinates(germ)) if h == 0 else []
-    for adapted, rule in product(coordinates, (_monomial, _complete_intersection, nondegenerate)):
-        try:
-            found = rule(adapted)
-        except Undecided as why:
-            reasons.append(str(why))
-            continue
-        if found is not None:
-            return found
-    for adapted in coordinates:
+    seen: list[Germ] = []
+    for basis, adapted in _coordinates(germ) if h == 0 else ():
+        seen.append(adapted)
+        for rule in (_monomial, _complete_intersection, nondegenerate):
+            try:
+                found = rule(adapted)
+            except Undecided as why:
+                reasons.append(str(why))
+                continue
+            if found is not None:
+                return found.moved(basis)
+    for adapted in seen:
         with suppress(Undecided):
             upper = min(upper, newton_bound(adapted))
     reason = f"no rule decides this singularity of order {k} in {d} dimensions"
@@ -275,12 +283,16 @@ def local_threshold(germ: Germ, *, prior_exponent: int = 0) -> LocalThreshold:
     return LocalThreshold(None, None, lower, upper, reason)
 
 
-def _coordinates(germ: Germ) -> Iterator[Germ]:
-    """The germ in a few linear coordinate systems, the given one first."""
-    yield germ
+def _coordinates(germ: Germ) -> Iterator[tuple[Array, Germ]]:
+    """The germ in a few linear coordinate systems, x = basis @ y, the given one first."""
+    yield np.eye(germ.variables), germ
     with suppress(Undecided):
         blocks = flag(germ)
         if blocks is not None:
             basis = np.concatenate([b for b, _ in blocks], axis=1)
             if not np.allclose(np.abs(basis).max(0), 1.0):
-                yield germ.substitute(basis)
+                yield basis, germ.substitute(basis)
+    for basis in factor_coordinates(germ):
+        turned = germ.substitute(basis)
+        # The factors are known to a few digits less than the coefficients.
+        yield basis, replace(turned, noise=BLUR * turned.noise)

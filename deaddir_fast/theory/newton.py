@@ -36,7 +36,7 @@ any dimension are treated alike by ``torus_zeros``, with certainty or not at all
 
 Terms of a degree above ``top`` are not known. If Γ has a pure power of every variable they lie
 strictly inside and do not matter. Otherwise the result takes them to lie in Γ and says so
-(``rests_on_zeros``).
+(``rests_on_zeros``), with the coordinate spaces that are then fibres (``fibres``).
 """
 
 from __future__ import annotations
@@ -50,7 +50,12 @@ from numpy.typing import NDArray
 from deaddir_fast.theory.germ import Germ, monomials
 from deaddir_fast.theory.planar import CLEAR, ZERO
 from deaddir_fast.theory.polyhedron import Face, Polyhedron
-from deaddir_fast.theory.threshold import LocalThreshold, Undecided, decided
+from deaddir_fast.theory.threshold import (
+    LocalThreshold,
+    Undecided,
+    coordinate_fibres,
+    decided,
+)
 from deaddir_fast.theory.torus_zeros import FaceSystem, Search
 
 Array = NDArray[np.float64]
@@ -121,21 +126,21 @@ def nondegenerate(germ: Germ) -> LocalThreshold:
         for system in _systems(given, face):
             clear &= search.bounds(system, free=False).free
     generic = Fraction(g, 2)
-    rlct, multiplicity, many = hull.rlct, hull.multiplicity, hull.multiplicity > 1
+    rlct, multiplicity = hull.rlct, hull.multiplicity
     kind = "without real zeros" if clear else "with regular zeros"
     if not clear and generic < rlct:
         if not any(_zero(given, face) for face in hull.compact_faces):
             raise Undecided("zeros of the face polynomials are neither found nor excluded")
-        rlct, multiplicity, many = generic, 1, False
+        rlct, multiplicity = generic, 1
     elif not clear and generic == rlct:
         inside = [f for f in hull.compact_faces if hull.optimal <= f.rays]
         if any(_zero(given, face) for face in inside):
-            multiplicity, many = multiplicity + 1, True
+            multiplicity += 1
         elif not all(search.bounds(s, free=True).free for f in inside for s in _systems(given, f)):
             raise Undecided("zeros on the face that decides m are neither found nor excluded")
     rule = f"Newton non-degenerate, {len(hull.generators)} corners, faces {kind}"
-    rests = not hull.convenient
-    return decided(rlct, multiplicity, rule, rests_on_zeros=rests, multiple=rests and many)
+    fibres = coordinate_fibres(hull.generators)
+    return decided(rlct, multiplicity, rule, rests_on_zeros=bool(fibres), fibres=fibres)
 
 
 def _zero(given: Support, face: Face) -> bool:
