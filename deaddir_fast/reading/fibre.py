@@ -76,19 +76,34 @@ def _doubt_flat(local: LocalModel, space: DeadSpace, vectors: Tensor, top: int) 
     return None
 
 
-def _doubt_linear(local: LocalModel, space: DeadSpace, fibre: Fibre, top: int) -> str | None:
-    """The same for a linear space of the dead space, at a generic point of it."""
+def _generic(space: DeadSpace, fibre: Fibre) -> Tensor:
+    """(d,) unit vector in general position in a linear space of the germ."""
     rng = np.random.default_rng(13)
     inside = torch.from_numpy(fibre.basis @ rng.standard_normal(fibre.basis.shape[1]))
     vector = space.rest @ inside
-    vector = vector / vector.norm()
-    jets = local.relaxed_jets(vector[None], top, uncertainty=FLAT_UNCERTAINTY)
-    (order,) = jets.orders()
-    if order != float("inf"):
-        said = "too close to rounding" if order is None else f"order {order:g}"
-        return f"a direction that looks flat among others is {said} on its own"
+    return vector / vector.norm()
+
+
+def moving(local: LocalModel, space: DeadSpace, fibre: Fibre) -> str | None:
+    """Why a linear space that looks flat beside larger coefficients is not on its own, or None."""
+    top = len(space.magnitude) - 1 if space.germ is None else space.germ.top
+    vector = _generic(space, fibre)
+    (order,) = local.relaxed_jets(vector[None], top, uncertainty=FLAT_UNCERTAINTY).orders()
+    if order == float("inf"):
+        return None
+    said = "too close to rounding" if order is None else f"order {order:g}"
+    return f"a direction that looks flat among others is {said} on its own"
+
+
+def _doubt_linear(local: LocalModel, space: DeadSpace, fibre: Fibre, top: int) -> str | None:
+    """The same for a linear space of the dead space, at a generic point of it."""
+    vector = _generic(space, fibre)
+    why = moving(local, space, fibre)
+    if why is not None:
+        return why
     if local.degree <= top and local.spectrum.rank == 0:
         return None  # polynomials of known degree are their Taylor polynomials
+    jets = local.relaxed_jets(vector[None], top, uncertainty=FLAT_UNCERTAINTY)
     theta = follow_fibre(local, space, vector, jets, 0)
     if theta is None:
         return f"no fibre is found at a distance: the order there may be above {top}"

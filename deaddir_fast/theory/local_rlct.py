@@ -4,7 +4,7 @@ The rules, tried in turn:
 
 * one variable: order k gives (1/(2k), 1);
 * variables on which no generator depends to the known order are dropped;
-* two variables: resolution by blow-ups (``planar``), complete;
+* two variables: resolution by blow-ups (``planar``), complete but for the known order;
 * graded: coordinates split into blocks of order k_b, and possibly a block on which everything
   vanishes (a straight fibre), such that no term has weight below 1 for the weights 1/k_b (0 on the
   fibre) and the weight-1 part at the origin of the fibre vanishes at the origin only. Then K is
@@ -253,19 +253,30 @@ def local_threshold(germ: Germ, *, prior_exponent: int = 0) -> LocalThreshold:
             # Dropping a direction to rounding claims a fibre along it.
             inner = local_threshold(germ.substitute(across))
             return replace(inner.moved(across), rests_on_zeros=True)
-    if d == 2:
-        return planar_threshold(germ.planar(), noise=germ.noise, prior_exponent=h)
     lower, upper = Fraction(1, 2 * k), Fraction(d + h, 2 * k)
     reasons: list[str] = []
+    if d == 2:
+        resolved = planar_threshold(germ.planar(), noise=germ.noise, prior_exponent=h)
+        if resolved.decided and resolved.rests_on_zeros and h == 0:
+            with suppress(Undecided):  # the monomial rule says where the fibres are
+                same = _monomial(germ)
+                if same and (same.rlct, same.multiplicity) == (
+                    resolved.rlct,
+                    resolved.multiplicity,
+                ):
+                    return same
+        if resolved.decided or h:
+            return resolved
+        reasons.append(resolved.rule)
     try:
         graded = _graded(germ)
         if graded is not None and (h == 0 or graded.rlct == Fraction(d, 2 * k)):
             return graded.plus(Fraction(h, 2 * k))
     except Undecided as why:
         reasons.append(str(why))
-    seen: list[Germ] = []
+    seen: list[tuple[Array, Germ]] = []
     for basis, adapted in _coordinates(germ) if h == 0 else ():
-        seen.append(adapted)
+        seen.append((basis, adapted))
         for rule in (_monomial, _complete_intersection, nondegenerate):
             try:
                 found = rule(adapted)
@@ -274,13 +285,16 @@ def local_threshold(germ: Germ, *, prior_exponent: int = 0) -> LocalThreshold:
                 continue
             if found is not None:
                 return found.moved(basis)
-    for adapted in seen:
-        with suppress(Undecided):
-            upper = min(upper, newton_bound(adapted))
     reason = f"no rule decides this singularity of order {k} in {d} dimensions"
     if reasons:
         reason += f" ({'; '.join(dict.fromkeys(reasons))})"
-    return LocalThreshold(None, None, lower, upper, reason)
+    best = LocalThreshold(None, None, lower, upper, reason)
+    for basis, adapted in seen:
+        with suppress(Undecided):
+            bound, fibres = newton_bound(adapted)
+            if bound < best.upper:
+                best = replace(best, upper=bound, rests_on_zeros=True, fibres=fibres).moved(basis)
+    return best
 
 
 def _coordinates(germ: Germ) -> Iterator[tuple[Array, Germ]]:

@@ -51,6 +51,7 @@ from deaddir_fast.theory.germ import Germ, monomials
 from deaddir_fast.theory.planar import CLEAR, ZERO
 from deaddir_fast.theory.polyhedron import Face, Polyhedron
 from deaddir_fast.theory.threshold import (
+    Fibre,
     LocalThreshold,
     Undecided,
     coordinate_fibres,
@@ -147,11 +148,12 @@ def _zero(given: Support, face: Face) -> bool:
     return face.dimension > 0 and any(system.find() for system in _systems(given, face))
 
 
-def newton_bound(germ: Germ) -> Fraction:
+def newton_bound(germ: Germ) -> tuple[Fraction, tuple[Fibre, ...]]:
     """A bound on λ from above: the linear programme over Γ and the pure powers beyond ``top``.
 
     K <= C Σ_v x^{2v} over the known terms and the pure powers of degree top + 1, which bound all
-    terms that are not known; a larger K has a larger λ. Valid in any coordinates.
+    terms that are not known; a larger K has a larger λ. Valid in any coordinates, if coefficients
+    below their rounding are zero; the coordinate spaces without any other are returned too.
     """
     d = germ.variables
     level = ZERO * germ.noise * germ.scale
@@ -161,5 +163,5 @@ def newton_bound(germ: Germ) -> Fraction:
         for column, exponent in enumerate(monomials(d, degree))
         if float(np.abs(coefficients[:, column]).max(initial=0.0)) > level
     ]
-    terms += [tuple((germ.top + 1) * int(i == j) for j in range(d)) for i in range(d)]
-    return Polyhedron.of(terms).rlct
+    beyond = [tuple((germ.top + 1) * int(i == j) for j in range(d)) for i in range(d)]
+    return Polyhedron.of(terms + beyond).rlct, coordinate_fibres(terms)

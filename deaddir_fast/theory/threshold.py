@@ -51,7 +51,8 @@ class LocalThreshold:
     Attributes:
         rlct: λ where it is decided, else ``None``.
         multiplicity: m where it is decided, else ``None``.
-        lower, upper: bounds that hold in any case (equal to λ where it is decided).
+        lower, upper: bounds that hold in any case (equal to λ where it is decided); ``upper`` of an
+            undecided one may rest on zeros too.
         rule: the rule that decided, or why none could.
         rests_on_zeros: the decision takes coefficients that vanish to the known order to vanish
             altogether (a fibre through the point); whoever can should look at a finite distance.
@@ -72,6 +73,11 @@ class LocalThreshold:
     def decided(self) -> bool:
         """Whether both λ and m are known."""
         return self.rlct is not None and self.multiplicity is not None
+
+    @property
+    def plain(self) -> tuple[Fraction | None, int | None]:
+        """(λ, m)."""
+        return self.rlct, self.multiplicity
 
     def plus(self, shift: Fraction) -> LocalThreshold:
         """The threshold after adding independent regular directions worth ``shift``."""

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import pytest
 import torch
-from truth.random_singularities import crossing_case, monomial_case
+from truth.random_singularities import Case, crossing_case, monomial_case
 
 from reading.functions import holds, read
 
 torch.set_num_threads(1)
 
 
-def resolved(make, seeds: range) -> int:
+def resolved(make: Callable[[int], Case], seeds: range) -> int:
     """How many of them are resolved; all of them hold."""
     cases = [make(seed) for seed in seeds]
     return sum(holds(read(c.function, [0.0] * c.dim), c.rlct, c.multiplicity) for c in cases)

@@ -182,6 +182,6 @@ def test_bound_holds_in_any_coordinates() -> None:
         exact = germ(*({c: 1.0} for c in corners))
         rlct = monomial_ideal(corners)[0]
         pure = [tuple(7 * int(i == j) for j in range(d)) for i in range(d)]
-        assert newton_bound(exact) == monomial_ideal(corners + pure)[0] >= rlct
+        assert newton_bound(exact)[0] == monomial_ideal(corners + pure)[0] >= rlct
         turned = exact.substitute(np.linalg.qr(rng.standard_normal((d, d)))[0])
-        assert newton_bound(turned) >= rlct
+        assert newton_bound(turned)[0] >= rlct
