@@ -18,6 +18,7 @@ from deaddir_fast.reading import (
     PriorExponents,
     SchurCurvature,
     Triple,
+    WeightedBound,
     curvature_ray,
     dead_directions,
     freeze_probe,
@@ -26,6 +27,7 @@ from deaddir_fast.reading import (
     read_triple,
     schur_curvature,
     sectional_curvature,
+    weighted_bound,
 )
 from deaddir_fast.theory.rate import RateFit, fit_rate
 
@@ -46,6 +48,7 @@ __all__ = [
     "RayOrders",
     "SchurCurvature",
     "Triple",
+    "WeightedBound",
     "backend",
     "curvature_ray",
     "dead_directions",
@@ -61,4 +64,5 @@ __all__ = [
     "schur_curvature",
     "sectional_curvature",
     "theory",
+    "weighted_bound",
 ]

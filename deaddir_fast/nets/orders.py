@@ -156,7 +156,7 @@ def ray_orders(
         program = model
     else:
         program = JetProgram(model, inputs, names=_names(model, directions))
-    rays = _unit(program, directions)
+    rays = unit_directions(program, directions)
     reader = _Reader(program, metric, max_order, base, memory)
     plus = reader.read(rays, 1)
     rounding = plus.rounding
@@ -189,7 +189,12 @@ def _names(model: nn.Module, directions: Mapping[str, Tensor]) -> Sequence[str] 
     return None
 
 
-def _unit(program: JetProgram, directions: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def unit_directions(program: JetProgram, directions: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Directions checked against the parameters and scaled to unit norm, in their dtype.
+
+    Raises:
+        TypeError, ValueError: naming ``directions``.
+    """
     rays: dict[str, Tensor] = {}
     count = None
     for name, value in directions.items():
@@ -305,7 +310,7 @@ class _Reader:
                 count = next(iter(rays.values())).shape[0]
                 draw = torch.randn((count, *like.shape), generator=generator, dtype=torch.float64)
                 noise[name] = draw.to(dtype=like.dtype, device=like.device)
-            noise = _unit(self.program, noise)
+            noise = unit_directions(self.program, noise)
             moved = {k: rays[k] + radius * v if k in rays else radius * v for k, v in noise.items()}
             other = self.read(moved, 1, replicas=0)
             worst = torch.maximum(worst, (other.size - exact.size).abs())

@@ -7,6 +7,7 @@ from deaddir_fast.reading.prior import PriorExponents, prior_exponents
 from deaddir_fast.reading.schur import SchurCurvature, schur_curvature
 from deaddir_fast.reading.sectional import curvature_ray, sectional_curvature
 from deaddir_fast.reading.triple import Triple, read_triple
+from deaddir_fast.reading.weighted import WeightedBound, weighted_bound
 
 __all__ = [
     "DeadDirections",
@@ -15,6 +16,7 @@ __all__ = [
     "PriorExponents",
     "SchurCurvature",
     "Triple",
+    "WeightedBound",
     "curvature_ray",
     "dead_directions",
     "freeze_probe",
@@ -23,4 +25,5 @@ __all__ = [
     "read_triple",
     "schur_curvature",
     "sectional_curvature",
+    "weighted_bound",
 ]

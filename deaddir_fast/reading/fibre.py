@@ -7,7 +7,7 @@ distance.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 import torch
@@ -17,6 +17,7 @@ from deaddir_fast.reading.dead_space import (
     EXACT_LIMIT,
     STEPS,
     DeadSpace,
+    explore,
     flag_basis,
     follow_fibre,
     proven_flat,
@@ -24,6 +25,7 @@ from deaddir_fast.reading.dead_space import (
     rounding_there,
 )
 from deaddir_fast.reading.local import LocalModel
+from deaddir_fast.theory.threshold import Fibre
 
 FLAT_UNCERTAINTY = 1e-9  # directions of flat blocks are computed from Taylor coefficients
 FLAT_AXES = 8  # basis vectors of a flat space that are looked at one by one
@@ -32,17 +34,28 @@ RADIUS = 0.1  # how far out
 MULTIPLE = 1e4  # |J|² below this many times |f|: a multiple zero, up to the solver's last step
 
 
-def doubt(local: LocalModel, space: DeadSpace, *, multiple: bool) -> str | None:
+def doubt(
+    local: LocalModel, space: DeadSpace, *, multiple: bool, fibres: Sequence[Fibre] = ()
+) -> str | None:
     """Why the fibre claimed by a reading is not certain, or None.
 
     Args:
         local, space: the model at its point and its dead space.
         multiple: the claim is a fibre along which the outputs vanish to order two or more.
+        fibres: linear spaces claimed to be fibres of known orders, where the reading has them.
     """
     top = len(space.magnitude) - 1 if space.germ is None else space.germ.top
     vectors = flat_directions(space)
-    if vectors.shape[0] == 0:
+    if vectors.shape[0] == 0 and not fibres:
         return _doubt_curved(local, space, multiple)
+    why = _doubt_flat(local, space, vectors, top) if vectors.shape[0] else None
+    for fibre in fibres:
+        why = why or _doubt_linear(local, space, fibre, top)
+    return why
+
+
+def _doubt_flat(local: LocalModel, space: DeadSpace, vectors: Tensor, top: int) -> str | None:
+    """The same for directions that are flat on their own."""
     jets = local.relaxed_jets(vectors, top, uncertainty=FLAT_UNCERTAINTY)
     for index, order in enumerate(jets.orders()):
         if order != float("inf"):
@@ -60,6 +73,51 @@ def doubt(local: LocalModel, space: DeadSpace, *, multiple: bool) -> str | None:
             rank = local.at(there).spectrum.rank
             if rank != local.spectrum.rank:
                 return f"the rank along the fibre changes from {local.spectrum.rank} to {rank}"
+    return None
+
+
+def _generic(space: DeadSpace, fibre: Fibre) -> Tensor:
+    """(d,) unit vector in general position in a linear space of the germ."""
+    rng = np.random.default_rng(13)
+    inside = torch.from_numpy(fibre.basis @ rng.standard_normal(fibre.basis.shape[1]))
+    vector = space.rest @ inside
+    return vector / vector.norm()
+
+
+def moving(local: LocalModel, space: DeadSpace, fibre: Fibre) -> str | None:
+    """Why a linear space that looks flat beside larger coefficients is not on its own, or None."""
+    top = len(space.magnitude) - 1 if space.germ is None else space.germ.top
+    vector = _generic(space, fibre)
+    (order,) = local.relaxed_jets(vector[None], top, uncertainty=FLAT_UNCERTAINTY).orders()
+    if order == float("inf"):
+        return None
+    said = "too close to rounding" if order is None else f"order {order:g}"
+    return f"a direction that looks flat among others is {said} on its own"
+
+
+def _doubt_linear(local: LocalModel, space: DeadSpace, fibre: Fibre, top: int) -> str | None:
+    """The same for a linear space of the dead space, at a generic point of it."""
+    vector = _generic(space, fibre)
+    why = moving(local, space, fibre)
+    if why is not None:
+        return why
+    if local.degree <= top and local.spectrum.rank == 0:
+        return None  # polynomials of known degree are their Taylor polynomials
+    jets = local.relaxed_jets(vector[None], top, uncertainty=FLAT_UNCERTAINTY)
+    theta = follow_fibre(local, space, vector, jets, 0)
+    if theta is None:
+        return f"no fibre is found at a distance: the order there may be above {top}"
+    if fibre.order < 2:
+        return None
+    if local.space.dimension > EXACT_LIMIT:
+        return "the claimed multiple fibre is not looked at in a model of this size"
+    there = local.at(theta)
+    rank, order = there.spectrum.rank, explore(there, max(fibre.order, 2)).order
+    if rank != local.spectrum.rank or order != fibre.order:
+        return (
+            f"along a fibre on which the outputs should vanish to order {fibre.order} the rank is "
+            f"{rank} instead of {local.spectrum.rank}, the order {order}"
+        )
     return None
 
 

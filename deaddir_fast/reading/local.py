@@ -350,6 +350,32 @@ class LocalModel:
         padded = torch.cat([torch.zeros_like(curves[:1]), curves])
         return self._rows(torch.zeros_like(curves[0]), padded, order, 1, replicas)[0]
 
+    def curve_orders(self, curves: Tensor, order: int) -> tuple[list[int], tuple[str, ...]]:
+        """Orders of the outputs along curves of any degree, and what the jets met on the way.
+
+        Args:
+            curves: (q+1, p, d) coefficients of t^0..t^q, the first of them ignored; q <= order.
+            order: highest degree.
+
+        Returns:
+            per curve the first degree whose coefficient is not below its rounding, ``order`` + 1
+            if there is none.
+        """
+        (rows, *copies), notes = self._rows(
+            curves[1], torch.cat([curves[:1], 0 * curves[1:2], curves[2:]]), order, 1, REPLICAS
+        )
+        if not bool(torch.isfinite(rows).all()):
+            raise ValueError(
+                "model: its outputs have no finite Taylor coefficients along these curves (a "
+                "square root, a norm or a division at zero?)"
+            )
+        change = torch.stack([(c - rows).norm(dim=-1) for c in copies]).amax(0)
+        level = MARGIN * torch.maximum(change, torch.finfo(torch.float64).eps * rows.norm(dim=-1))
+        present = rows.norm(dim=-1) > level
+        present[0] = False
+        found = torch.where(present.any(0), present.int().argmax(0), order + 1)
+        return found.tolist(), notes
+
     def _off_live(self, rows: Tensor) -> Tensor:
         """The part of (..., N) output patterns that live directions cannot produce."""
         left = self.spectrum.left

@@ -19,7 +19,7 @@ from deaddir_fast.reading.dead import (
     verdict,
 )
 from deaddir_fast.reading.dead_space import DeadSpace, explore, flag_basis
-from deaddir_fast.reading.fibre import doubt, neighbour_directions, onto_fibre
+from deaddir_fast.reading.fibre import doubt, moving, neighbour_directions, onto_fibre
 from deaddir_fast.reading.local import LocalModel
 from deaddir_fast.reading.prior import LogPrior
 from deaddir_fast.reading.prior_rule import prior_rule
@@ -165,9 +165,11 @@ def singular_part(local: LocalModel, space: DeadSpace, prior_exponent: int) -> L
         return LocalThreshold(None, None, Fraction(1, 2 * k), upper, space.reason)
     found = local_threshold(space.germ, prior_exponent=prior_exponent)
     if found.decided and found.rests_on_zeros:
-        why = doubt(local, space, multiple=found.multiple)
+        why = doubt(local, space, multiple=found.multiple, fibres=found.fibres)
         if why:
-            return LocalThreshold(None, None, Fraction(0), upper, why)
+            return LocalThreshold(None, None, Fraction(1, 2 * k), upper, why)
+    elif found.rests_on_zeros and any(moving(local, space, f) for f in found.fibres):
+        return replace(found, upper=upper)
     return found
 
 
@@ -262,10 +264,11 @@ def read_triple(
     λ = r/2 + λ(R): r live directions count 1/2 each, and R, the divergence minimised over the live
     coordinates, lives on the null space of the Fisher (Morse splitting). Gauge orbits contribute
     nothing and are cut transversally. What remains is read from exact Taylor coefficients: flat
-    (smooth fibre), one direction, a plane (resolved by blow-ups), graded blocks, a monomial ideal
-    or a complete intersection; otherwise certified bounds are returned, the upper one improved by
-    nearby points of the fibre ("Dead Directions", arXiv 2606.05957: selection rule on smooth
-    fibres; Watanabe 2009; the relaxed Taylor reading is our choice).
+    (smooth fibre), one direction, a plane (resolved by blow-ups), graded blocks, a monomial ideal,
+    a complete intersection or a Newton non-degenerate ideal; otherwise certified bounds are
+    returned, the upper one improved by nearby points of the fibre ("Dead Directions", arXiv
+    2606.05957: selection rule on smooth fibres; Watanabe 2009; the relaxed Taylor reading is our
+    choice).
 
     Args:
         model: any module in evaluation mode; read in fp64 on a copy.

@@ -4,7 +4,7 @@ The rules, tried in turn:
 
 * one variable: order k gives (1/(2k), 1);
 * variables on which no generator depends to the known order are dropped;
-* two variables: resolution by blow-ups (``planar``), complete;
+* two variables: resolution by blow-ups (``planar``), complete but for the known order;
 * graded: coordinates split into blocks of order k_b, and possibly a block on which everything
   vanishes (a straight fibre), such that no term has weight below 1 for the weights 1/k_b (0 on the
   fibre) and the weight-1 part at the origin of the fibre vanishes at the origin only. Then K is
@@ -15,13 +15,19 @@ The rules, tried in turn:
   programme over the polyhedron is exact;
 * complete intersection: the leading forms number c, and where they vanish (away from the origin)
   their differentials are independent. One blow-up then gives normal crossings:
-  λ = min(d/(2k), c/2), m = 2 on a tie.
+  λ = min(d/(2k), c/2), m = 2 on a tie;
+* Newton non-degenerate (``newton``), in the given coordinates, in those of the
+  flag of orders, and in those of linear factors of leading forms (``linear_factors``).
 
-Otherwise the certified bounds 1/(2k) <= λ <= d/(2k) are returned with the reason.
+Otherwise bounds that hold are returned with the reason: 1/(2k) <= λ, and λ at most d/(2k) or the
+linear programme over the Newton polyhedron of all terms that may be there (``newton_bound``), in
+the same coordinates.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import replace
 from fractions import Fraction
 
@@ -30,14 +36,22 @@ from numpy.typing import NDArray
 from scipy.optimize import linprog
 
 from deaddir_fast.theory.germ import Germ, monomials
+from deaddir_fast.theory.linear_factors import factor_coordinates
 from deaddir_fast.theory.monomial import monomial_ideal
+from deaddir_fast.theory.newton import newton_bound, nondegenerate
 from deaddir_fast.theory.planar import planar_threshold
 from deaddir_fast.theory.sphere import smallest_on_sphere
-from deaddir_fast.theory.threshold import LocalThreshold, Undecided, decided
+from deaddir_fast.theory.threshold import (
+    LocalThreshold,
+    Undecided,
+    coordinate_fibres,
+    decided,
+)
 
 Array = NDArray[np.float64]
 
 FLAT = 1e-5  # relative derivative below which a leading form does not depend on a direction
+BLUR = 30.0  # rounding in coordinates found from factors, over that of the coefficients
 MONOMIAL_LIMIT = 60  # support points given to the exact linear programme
 
 
@@ -173,15 +187,14 @@ def _monomial(germ: Germ) -> LocalThreshold | None:
     ]
     if tuple(monomial_ideal(chosen + beyond)) != (rlct, multiplicity):
         rule += f", terms beyond degree {germ.top} taken as absent"
-    pure = {i for e in chosen for i in range(germ.variables) if e[i] == sum(e)}
-    closed = len(pure) == germ.variables
-    high = not closed and any(max(e) > 1 for e in chosen)
-    return decided(Fraction(rlct), multiplicity, rule, rests_on_zeros=not closed, multiple=high)
+    fibres = coordinate_fibres(chosen)
+    return decided(Fraction(rlct), multiplicity, rule, rests_on_zeros=bool(fibres), fibres=fibres)
 
 
-def _complete_intersection(germ: Germ, k: int) -> LocalThreshold | None:
+def _complete_intersection(germ: Germ) -> LocalThreshold | None:
     """The complete-intersection rule."""
-    d = germ.variables
+    d, k = germ.variables, order(germ)
+    assert k is not None
     forms = germ.part(k)
     singular = np.linalg.svd(forms, compute_uv=False)
     c = int((singular > 1e-6 * singular[0]).sum())
@@ -242,20 +255,62 @@ def local_threshold(germ: Germ, *, prior_exponent: int = 0) -> LocalThreshold:
         if 0 < kept.shape[1] < d:
             across = np.linalg.svd(kept, full_matrices=True)[0][:, kept.shape[1] :]
             # Dropping a direction to rounding claims a fibre along it.
-            return replace(local_threshold(germ.substitute(across)), rests_on_zeros=True)
+            inner = local_threshold(germ.substitute(across))
+            return replace(inner.moved(across), rests_on_zeros=True)
+    lower, upper = Fraction(1, 2 * k), Fraction(d + h, 2 * k)
+    reasons: list[str] = []
     if d == 2:
-        return planar_threshold(germ.planar(), noise=germ.noise, prior_exponent=h)
-    bounds = Fraction(1, 2 * k), Fraction(d + h, 2 * k)
+        resolved = planar_threshold(germ.planar(), noise=germ.noise, prior_exponent=h)
+        if resolved.decided and resolved.rests_on_zeros and h == 0:
+            with suppress(Undecided):  # the monomial rule says where the fibres are
+                same = _monomial(germ)
+                if same and (same.rlct, same.multiplicity) == (
+                    resolved.rlct,
+                    resolved.multiplicity,
+                ):
+                    return same
+        if resolved.decided or h:
+            return resolved
+        reasons.append(resolved.rule)
     try:
         sums = graded(germ)
         if sums is not None and (h == 0 or sums.rlct == Fraction(d, 2 * k)):
             return sums.plus(Fraction(h, 2 * k))
-        if h == 0:
-            for rule in (_monomial(germ), _complete_intersection(germ, k)):
-                if rule is not None:
-                    return rule
     except Undecided as why:
-        return LocalThreshold(None, None, *bounds, str(why))
-    return LocalThreshold(
-        None, None, *bounds, f"no rule decides this singularity of order {k} in {d} dimensions"
-    )
+        reasons.append(str(why))
+    seen: list[tuple[Array, Germ]] = []
+    for basis, adapted in _coordinates(germ) if h == 0 else ():
+        seen.append((basis, adapted))
+        for rule in (_monomial, _complete_intersection, nondegenerate):
+            try:
+                found = rule(adapted)
+            except Undecided as why:
+                reasons.append(str(why))
+                continue
+            if found is not None:
+                return found.moved(basis)
+    reason = f"no rule decides this singularity of order {k} in {d} dimensions"
+    if reasons:
+        reason += f" ({'; '.join(dict.fromkeys(reasons))})"
+    best = LocalThreshold(None, None, lower, upper, reason)
+    for basis, adapted in seen:
+        with suppress(Undecided):
+            bound, fibres = newton_bound(adapted)
+            if bound < best.upper:
+                best = replace(best, upper=bound, rests_on_zeros=True, fibres=fibres).moved(basis)
+    return best
+
+
+def _coordinates(germ: Germ) -> Iterator[tuple[Array, Germ]]:
+    """The germ in a few linear coordinate systems, x = basis @ y, the given one first."""
+    yield np.eye(germ.variables), germ
+    with suppress(Undecided):
+        blocks = flag(germ)
+        if blocks is not None:
+            basis = np.concatenate([b for b, _ in blocks], axis=1)
+            if not np.allclose(np.abs(basis).max(0), 1.0):
+                yield basis, germ.substitute(basis)
+    for basis in factor_coordinates(germ):
+        turned = germ.substitute(basis)
+        # The factors are known to a few digits less than the coefficients.
+        yield basis, replace(turned, noise=BLUR * turned.noise)
