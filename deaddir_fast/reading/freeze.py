@@ -327,8 +327,8 @@ def _layer(rate: LayerRate, t: Tensor, deep: list[float], curves: Tensor, own: b
     for quantity, values, below in zip(QUANTITIES, swept, beyond, strict=True):
         if not sides[quantity]:
             continue
-        # A slope does not depend on units: nothing here is near a rounding floor of size 1.
-        fit = fit_rate(t, values / values.max().clamp_min(torch.finfo(torch.float64).tiny))
+        # t = 0 is exact, and products of exact factors keep their relative accuracy.
+        fit = fit_rate(t, values, pure=True)
         predicted = float(getattr(rate, f"{quantity}_slope"))
         fits[quantity] = fit
         verdicts[quantity] = _verdict(fit, values, predicted, _slope(deep, below))

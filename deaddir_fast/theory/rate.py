@@ -127,6 +127,7 @@ def fit_rate(
     kl_minus: Any = None,
     floor: float | None = None,
     scale: float | None = None,
+    pure: bool = False,
 ) -> Any:
     """Read the rate of directional Fisher curvature along a ray.
 
@@ -146,6 +147,9 @@ def fit_rate(
     the floor is taken as scale·(32 eps)², eps the values' dtype's: a sum of n rounded scores leaves
     about (eps·|score|)². With neither, scale = 1 is used, but only to judge a curve that is
     constant: a live direction (k = 1) and a plateau of rounding look alike.
+
+    pure: the values have small relative errors and t = 0 is exactly the singular point, so that
+    neither a floor nor an offset can be: a constant that the curve rises from is its true limit.
 
     **Model** (our choice). ``G = c0 + b (t+t0)^α e^{h(t)}``, h analytic with h(0) = 0, with a floor
     c0, an offset t0 or neither, on a window. h is a Taylor series with independent normal
@@ -172,6 +176,10 @@ def fit_rate(
     if v.ndim not in (1, 2) or v.shape[-1] != t.size:
         expected = f"shape ({t.size},) or (p, {t.size}), one value for each radius"
         raise _check.fail("values", values, expected)
+    if not isinstance(pure, bool):
+        raise _check.fail("pure", pure, "True or False", TypeError)
+    if pure and (floor is not None or scale is not None):
+        raise _check.fail("pure", pure, "False when floor or scale is given")
     if floor is not None and scale is not None:
         raise _check.fail("scale", scale, "None when floor is given")
     extra = {
@@ -204,7 +212,8 @@ def fit_rate(
     def one_curve(row: tuple[int, ...]) -> RateFit:
         parts = {name: None if a is None else a[row] for name, a in extra.items()}
         curve = prepare(t, v[row], parts["stderr"], parts["kl"], eps, known)
-        return _fit(curve, given_radii, max(known, (ROUNDING_UNITS * eps) ** 2 if not known else 0))
+        constant_floor = max(known, (ROUNDING_UNITS * eps) ** 2 if not known else 0)
+        return _fit(curve, given_radii, 0.0 if pure else constant_floor, pure)
 
     if v.ndim == 1:
         return one_curve(())
@@ -241,7 +250,7 @@ def _nothing(curve: Curve, verdict: str, order: float = math.nan) -> RateFit:
     )
 
 
-def _fit(curve: Curve, given: int, constant_floor: float) -> RateFit:
+def _fit(curve: Curve, given: int, constant_floor: float, pure: bool) -> RateFit:
     points = curve.points
     n = points.t.size
     if n == 0 and curve.zeros >= MIN_WINDOW_POINTS:
@@ -262,7 +271,8 @@ def _fit(curve: Curve, given: int, constant_floor: float) -> RateFit:
     straight = best_law(points, candidates)
     log_straight = straight.log_leading(points.t) + np.nan_to_num(straight.subleading(points.t))
     rise = log_straight[-1] - log_straight.min()
-    if max(rise, np.median(points.y[-3:]) - np.median(points.y[:3])) > math.log(MIN_RISE):
+    risen = max(rise, np.median(points.y[-3:]) - np.median(points.y[:3])) > math.log(MIN_RISE)
+    if risen and not pure:
         candidates += [
             c for c in (offset_candidates(points), floor_candidates(points, candidates)) if c
         ]
@@ -276,7 +286,7 @@ def _fit(curve: Curve, given: int, constant_floor: float) -> RateFit:
     indices = {i % given for j in np.flatnonzero(inside) for i in curve.sources[j]}
 
     looks = pointwise(points, curve.log_kl, law, inside)
-    verdict = _verdict(points, reading, law, inside, decades, constant_floor) or "resolved"
+    verdict = _verdict(points, reading, law, inside, decades, constant_floor, pure) or "resolved"
     order = 1 + reading.value / 2
     order_interval = (1 + reading.interval[0] / 2, 1 + reading.interval[1] / 2)
     look = min(looks, key=lambda a: abs(math.exp(a.value) - order)) if looks else None
@@ -339,7 +349,13 @@ def _rms(error: Array) -> float:
 
 
 def _verdict(
-    points: Points, reading: Average, law: Law, inside: Mask, decades: float, floor: float
+    points: Points,
+    reading: Average,
+    law: Law,
+    inside: Mask,
+    decades: float,
+    floor: float,
+    pure: bool,
 ) -> str | None:
     """Why the reading is not resolved, or None."""
     low, high = reading.interval
@@ -376,7 +392,7 @@ def _verdict(
         if level <= floor:
             return f"unresolved: constant at {level:.1e}, within the rounding floor {floor:.1e}"
         above = float(points.y[-max(1, points.t.size // 8) :].max() - np.median(points.y[inside]))
-        if above > math.log(MIN_RISE):
+        if above > math.log(MIN_RISE) and not pure:
             return (
                 "unresolved: a plateau that rises: a live direction with a bend, a floor and an "
                 "offset explain it alike"

@@ -382,3 +382,21 @@ def test_bad_arguments(kwargs: dict[str, Any], name: str) -> None:
 def test_bad_types(values: Any) -> None:
     with pytest.raises(TypeError, match="values"):
         fit_rate([0.1, 0.2], values)
+
+
+def test_a_constant_under_a_power_is_a_limit_where_no_floor_can_be():
+    """c0 + t²: with pure=True the slope at t -> 0 is 0, otherwise the constant is a floor."""
+    t = np.logspace(-3, 0.5, 20)
+    curve = 1.0 + t**2
+    pure = fit_rate(t, curve, pure=True)
+    assert pure.verdict == "resolved"
+    assert pure.slope == pytest.approx(0, abs=0.05)
+    assert pure.floor == 0
+    below = fit_rate(t, curve)
+    assert below.verdict != "resolved" or below.floor > 0
+    tiny = fit_rate(t, 1e-90 * t**8, pure=True)
+    assert tiny.slope == pytest.approx(8, abs=1e-6)
+    with pytest.raises(ValueError, match="pure"):
+        fit_rate(t, curve, pure=True, scale=1.0)
+    with pytest.raises(TypeError, match="pure"):
+        fit_rate(t, curve, pure=1)
