@@ -28,6 +28,7 @@ from deaddir_fast.reading.local import LocalModel
 from deaddir_fast.theory.threshold import Fibre
 
 FLAT_UNCERTAINTY = 1e-9  # directions of flat blocks are computed from Taylor coefficients
+SNAP = 1e-13  # entries of a flat direction below this are zero
 FLAT_AXES = 8  # basis vectors of a flat space that are looked at one by one
 DRAWS = 4  # random directions in which nearby points of the fibre are looked for
 RADIUS = 0.1  # how far out
@@ -81,6 +82,7 @@ def _generic(space: DeadSpace, fibre: Fibre) -> Tensor:
     rng = np.random.default_rng(13)
     inside = torch.from_numpy(fibre.basis @ rng.standard_normal(fibre.basis.shape[1]))
     vector = space.rest @ inside
+    vector[vector.abs() < SNAP * vector.norm()] = 0.0
     return vector / vector.norm()
 
 

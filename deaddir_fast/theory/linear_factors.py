@@ -21,6 +21,7 @@ Array = NDArray[np.float64]
 
 FACTOR = 1e-8  # a form this small on a hyperplane (relative) has it as a factor
 SAME = 1e-6  # normals closer than this are one
+LINES = 4  # random lines a form is restricted to, until its roots are clear on one
 SYSTEMS = 4  # coordinate systems tried where there are more hyperplanes than variables
 
 
@@ -48,9 +49,21 @@ def linear_factors(degree: int, forms: Array, variables: int, noise: float) -> l
     the coefficients of t^q and of t^(q−1) times a step e to the side are as n·b to q n·e.
 
     Raises:
-        Undecided: if roots lie too close to tell apart.
+        Undecided: if roots lie too close to tell apart on all of ``LINES`` lines.
     """
-    rng = np.random.default_rng(degree)
+    reason = Undecided("no line")
+    for seed in range(LINES):
+        try:
+            return _on_line(degree, forms, variables, noise, np.random.default_rng(seed))
+        except Undecided as why:
+            reason = why
+    raise reason
+
+
+def _on_line(
+    degree: int, forms: Array, variables: int, noise: float, rng: np.random.Generator
+) -> list[Array]:
+    """``linear_factors`` from one random line."""
     weights = rng.standard_normal(forms.shape[0])
     single = Germ(variables, degree, {degree: (weights @ forms)[None]}, noise)
     frame = np.linalg.qr(rng.standard_normal((variables, variables)))[0]
