@@ -215,6 +215,8 @@ class LocalModel:
 
     def tangents_at(self, theta: Tensor, vectors: Tensor) -> tuple[Tensor, Tensor]:
         """Outputs (n, *out) at ``theta`` and their derivatives (k, n, *out) along (k, d)."""
+        if vectors.shape[0] == 0:
+            return self.outputs_at(theta), self.outputs.new_zeros(0, *self.outputs.shape)
         self.spent.jets(vectors.shape[0], 1)
         base = self.space.directions(theta)
         outputs, parts = self.outputs, []

@@ -184,7 +184,7 @@ def _on_dead_space(
         start = local.theta + basis @ (scale * shape * t**powers)
         if not live.shape[0]:
             return start - local.theta
-        there, _ = relax_live(local, start, live, rounding_near(local, start))
+        there, _, _ = relax_live(local, start, live, rounding_near(local, start))
         return there - local.theta if bool(torch.isfinite(there).all()) else None
 
     felt = _feels_live(local, log_prior, point, shapes, top)

@@ -21,6 +21,7 @@ STEPS = 40  # of Gauss-Newton
 HALVINGS = 8  # of a step
 PROGRESS = 0.5  # once converged, a step that leaves more than this of the error is the last
 CONVERGED = 1e-5  # of the first error
+DEPENDENT = 1e-13  # a pivot below this times the largest one
 SLACK = 64  # roundings of an inner product
 
 
@@ -94,22 +95,27 @@ def schur_point(
     """
     live = local.spectrum.live.T
     straight = local.theta + radius * vector
-    raw = float(_tangents(local, straight, vector[None])[0].square().sum())
+    outputs, derivative = local.tangents_at(straight, vector[None])
+    raw = float(local.whiten(derivative, outputs).square().sum())
     theta, error = straight, 0.0
     rounding = rounding_near(local, straight)
     if relax and live.shape[0]:
         first = straight if start is None else straight + start
-        theta, error = relax_live(local, first, live, rounding)
+        theta, error, tangents = relax_live(local, first, live, rounding)
         if not bool(torch.isfinite(theta).all()):
             nan = float("nan")
             return Point(raw, nan, nan, nan, nan, theta)
-    rows = _tangents(local, theta, torch.cat([vector[None], live]))
-    along, basis = rows[0], rows[1:].T
+    else:
+        tangents = local.tangents_at(theta, live)[1]
+    outputs, derivative = local.tangents_at(theta, vector[None])
+    along = local.whiten(derivative, outputs)[0]
+    basis = local.whiten(tangents, outputs).T
     left, coefficients = along, along.new_zeros(basis.shape[1])
     if basis.shape[1]:
+        span = _Span.of(basis)
         for _ in range(2):  # the second pass removes the rounding of the first
-            step = _least_squares(basis, left)
-            coefficients, left = coefficients + step, left - basis @ step
+            step, inside = span.project(left)
+            coefficients, left = coefficients + step, left - inside
     # Rounding of the derivatives, of the projection, and of the point.
     size = basis.norm(dim=0)
     largest = float(local.spectrum.values[0]) if local.spectrum.rank else 0.0
@@ -148,30 +154,52 @@ def _per_sample(x: Tensor) -> Tensor:
     return x.flatten(1).sum(1) if x.ndim > 1 else x
 
 
-def _tangents(local: LocalModel, theta: Tensor, vectors: Tensor) -> Tensor:
-    """(k, N) rows of the Jacobian along (k, d), whitened by the outputs at ``theta``."""
-    outputs, tangents = local.tangents_at(theta, vectors)
-    return local.whiten(tangents, outputs)
+@dataclass(frozen=True)
+class _Span:
+    """The span of the columns of ``basis`` (N, r); QR factors where they are independent."""
 
+    basis: Tensor
+    q: Tensor | None
+    upper: Tensor | None
 
-def _least_squares(basis: Tensor, target: Tensor) -> Tensor:
-    return torch.linalg.lstsq(basis, target[:, None], driver="gelsd").solution[:, 0]
+    @classmethod
+    def of(cls, basis: Tensor) -> _Span:
+        if basis.shape[0] < basis.shape[1]:
+            return cls(basis, None, None)
+        q, upper = torch.linalg.qr(basis)
+        diagonal = upper.diagonal().abs()
+        if float(diagonal.min()) <= DEPENDENT * float(diagonal.max()):
+            return cls(basis, None, None)
+        return cls(basis, q, upper)
+
+    def project(self, target: Tensor) -> tuple[Tensor, Tensor]:
+        """(r,) coefficients of least squares and the (N,) projection of (N,) onto the span."""
+        if self.q is None or self.upper is None:
+            found = torch.linalg.lstsq(self.basis, target[:, None], driver="gelsd").solution[:, 0]
+            return found, self.basis @ found
+        inside = self.q.T @ target
+        found = torch.linalg.solve_triangular(self.upper, inside[:, None], upper=True)[:, 0]
+        return found, self.q @ inside
 
 
 def relax_live(
     local: LocalModel, theta: Tensor, live: Tensor, rounding: float
-) -> tuple[Tensor, float]:
-    """Gauss-Newton for the least |f| over the live coordinates, and the error that is left.
+) -> tuple[Tensor, float, Tensor]:
+    """Gauss-Newton for the least |f| over the live coordinates, at least one of them.
 
-    Steps are halved until |f| falls. The error is the part of f that live directions can produce.
-    NaN where it does not converge.
+    Steps are halved until |f| falls. NaN where it does not converge.
+
+    Returns:
+        the (d,) point, the error (the part of f that live directions can produce), and the
+        derivatives of the outputs along the live directions there.
     """
     residual = local.residuals(theta)
     first, error, good = 0.0, float("inf"), False
+    tangents = residual
     for _ in range(STEPS):
-        basis = local.whiten(local.tangents_at(theta, live)[1]).T
-        step = _least_squares(basis, residual)
-        before, error = error, float((basis @ step).norm())
+        tangents = local.tangents_at(theta, live)[1]
+        step, inside = _Span.of(local.whiten(tangents).T).project(residual)
+        before, error = error, float(inside.norm())
         first = first or error
         good = error <= max(rounding, CONVERGED * first)
         if error <= 0.1 * rounding or (good and error > PROGRESS * before):
@@ -186,9 +214,11 @@ def relax_live(
         else:
             break
         theta = moved
+    else:
+        good = False  # the last step was not looked at
     if good:
-        return theta, error
-    return torch.full_like(theta, float("nan")), error
+        return theta, error, tangents
+    return torch.full_like(theta, float("nan")), error, tangents
 
 
 def schur_curvature(

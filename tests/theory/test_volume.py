@@ -52,6 +52,7 @@ def test_against_the_phase_type_distribution(k, h):
         assert math.isclose(
             law.log_slope(epsilon), leaving / survival.sum(), rel_tol=1e-9, abs_tol=1e-14
         )
+        assert math.isclose(law.density(epsilon), leaving / epsilon, rel_tol=1e-9, abs_tol=1e-14)
 
 
 def test_sampling():
@@ -78,6 +79,8 @@ def test_leading_term_is_the_threshold():
     assert math.isclose(law.log_slope(math.exp(-t)), first, rel_tol=1e-5)
     assert volume_law([2])(3.0) == 1.0
     assert volume_law([2])(1.0) == 1.0
+    assert volume_law([2]).density(3.0) == 0.0
+    assert volume_law([2]).density(1.0) == 0.25  # λ ε^(λ-1) from below
 
 
 @pytest.mark.parametrize(
@@ -87,6 +90,7 @@ def test_leading_term_is_the_threshold():
         (lambda: volume_law([1, -2]), ValueError, r"k\[1\]"),
         (lambda: volume_law([1], [0, 0]), ValueError, "h: "),
         (lambda: volume_law([1])(0.0), ValueError, "epsilon: "),
+        (lambda: volume_law([1]).density(-1.0), ValueError, "epsilon: "),
         (lambda: volume_law([1]).log_slope(1.0), ValueError, "epsilon: "),
     ],
 )
