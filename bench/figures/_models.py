@@ -7,6 +7,8 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor, nn
 
+from deaddir_fast.rates.primitives import Attention
+
 DOUBLE = torch.float64
 ONE = torch.zeros(1, 1, dtype=DOUBLE)  # one input, which such models do not read
 
@@ -31,3 +33,16 @@ def umbrella(k: int) -> MeanMap:
 def axis(index: int, size: int) -> Tensor:
     """A unit vector."""
     return torch.eye(size, dtype=DOUBLE)[index]
+
+
+def attention_chain(depth: int, width: int) -> nn.Sequential:
+    """Attention blocks whose tokens stay apart.
+
+    With weights of the usual size tokens collapse onto one another doubly exponentially with depth
+    (Dong, Cordonnier & Loukas 2021), and the scores' route to the gradient with them.
+    """
+    model = nn.Sequential(*(Attention(width) for _ in range(depth))).double()
+    with torch.no_grad():
+        for weight in model.parameters():
+            weight *= 2
+    return model

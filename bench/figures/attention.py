@@ -6,11 +6,10 @@ from typing import Any
 
 import torch
 from matplotlib.figure import Figure
-from torch import nn
 
 import deaddir_fast as dd
+from bench.figures._models import attention_chain
 from bench.figures._style import COLOURS, GREY
-from deaddir_fast.rates.primitives import Attention
 
 SIZE = (10.5, 4.3)
 
@@ -19,12 +18,12 @@ WIDTH = 8
 
 def measure(quick: bool) -> dict[str, Any]:
     """Slopes of G at every output map of chains of 1 to 6 blocks."""
-    t = torch.logspace(-4, -1.5, 12, dtype=torch.float64)
+    t = torch.logspace(-4, -1.5, 8, dtype=torch.float64)
     rows = []
     for depth in range(1, 4 if quick else 7):
         torch.manual_seed(depth)
-        model = nn.Sequential(*(Attention(WIDTH) for _ in range(depth))).double()
-        x = torch.randn(16, 4, WIDTH, dtype=torch.float64)
+        model = attention_chain(depth, WIDTH)
+        x = 2 * torch.randn(16, 4, WIDTH, dtype=torch.float64)
         probe = dd.freeze_probe(model, x, t=t, likelihood="gaussian")
         for p in range(depth):
             fit = probe[f"{p}.o"].fits["backward"]
@@ -46,7 +45,7 @@ def draw(figure: Figure, measured: dict[str, Any]) -> None:
     left, right = figure.subplots(1, 2)
     rows = measured["rows"]
     deepest = max(r["above"] for r in rows)
-    for p, colour in zip(range(4), COLOURS, strict=False):
+    for p, colour in zip(range(3), COLOURS, strict=False):
         mine = sorted((r["above"], r["output"]) for r in rows if r["below"] == p)
         if not mine:
             continue
@@ -57,9 +56,9 @@ def draw(figure: Figure, measured: dict[str, Any]) -> None:
         left.annotate(
             f"p = {p}",
             (ks[-1], last),
-            (6, 0),
+            (2, 7),
             textcoords="offset points",
-            va="center",
+            ha="center",
             color=colour,
         )
     left.axvline(2, color=GREY, lw=0.8, ls=":")
@@ -68,14 +67,15 @@ def draw(figure: Figure, measured: dict[str, Any]) -> None:
         title="Output map: min(4k, 4p + 8)",
         xlabel="blocks above, k",
         ylabel="slope of G (points: measured)",
-        xlim=(-0.3, deepest + 0.9),
+        xlim=(-0.3, deepest + 0.4),
     )
     gaps = [r["value"] - r["output"] for r in rows]
     right.axhline(2, color=GREY, lw=0.8)
     right.plot(range(len(gaps)), gaps, "o", ms=4, color=COLOURS[0])
     right.set(
         title="Value map minus output map: 2",
-        xlabel="block (all chains in turn)",
+        xlabel="blocks of all chains, in turn",
         ylabel="difference of slopes",
         ylim=(0, 4),
+        xticks=[],
     )

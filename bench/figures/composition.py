@@ -9,8 +9,9 @@ from matplotlib.figure import Figure
 from torch import nn
 
 import deaddir_fast as dd
+from bench.figures._models import attention_chain
 from bench.figures._style import COLOURS, GREY
-from deaddir_fast.rates.primitives import MLP, Attention
+from deaddir_fast.rates.primitives import MLP
 
 SIZE = (10.5, 4.3)
 
@@ -39,15 +40,15 @@ def _slopes(model: nn.Module, x: torch.Tensor, t: torch.Tensor, kept: str) -> li
 def measure(quick: bool) -> dict[str, Any]:
     """Slopes of every layer of MLP chains, and of the output maps of attention chains."""
     torch.manual_seed(0)
-    t = torch.logspace(-4, -1.5, 12, dtype=torch.float64)
+    t = torch.logspace(-4, -1.5, 8, dtype=torch.float64)
     found: dict[str, Any] = {"width": WIDTH, "mlp": {}, "attention": {}}
     for n in DEPTHS[:1] if quick else DEPTHS:
         model = nn.Sequential(*(MLP(WIDTH, WIDTH, "gelu") for _ in range(n))).double()
         x = torch.randn(48, WIDTH, dtype=torch.float64)
         found["mlp"][str(n)] = _slopes(model, x, t, "all")
     for n in ATTENTION[:1] if quick else ATTENTION:
-        model = nn.Sequential(*(Attention(WIDTH) for _ in range(n))).double()
-        x = torch.randn(16, 4, WIDTH, dtype=torch.float64)
+        model = attention_chain(n, WIDTH)
+        x = 2 * torch.randn(16, 4, WIDTH, dtype=torch.float64)
         rows = [r for r in _slopes(model, x, t, "o") if r["quantity"] == "backward"]
         for row in rows:
             row["below"] = int(row["layer"].partition(".")[0])
