@@ -102,5 +102,6 @@ def draw(figure: Figure, measured: dict[str, Any]) -> None:
         title="Attention chains: scores cap the gradient",
         xlabel="blocks above the output map, k",
         ylabel="slope of G at the output map",
+        yticks=range(0, 4 * deepest + 1, 4),
     )
     right.legend(frameon=False, loc="upper left", fontsize=8)
