@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from deaddir_fast import _check
 from deaddir_fast.gauge.inputs import made_up
 from deaddir_fast.gauge.verify import at_rest
+from deaddir_fast.nets import likelihood as likelihoods
 from deaddir_fast.nets.graph import batch_size, slice_batch
 from deaddir_fast.rates.orders import Orders
 from deaddir_fast.rates.primitives import WIDTH, chain, example
@@ -113,6 +114,8 @@ class Rates:
         backward: order of the gradient at the unit of the input.
         additive: whether both are the sums over blocks; None where there are no blocks.
         reasons: why not.
+        kernels: exact null vectors of A or G that are no dead directions: leave them out of a
+            smallest eigenvalue.
         unit: the unit.
         notes: operations without a rule, weights that are zero.
     """
@@ -123,6 +126,7 @@ class Rates:
     backward: float
     additive: bool | None
     reasons: tuple[str, ...]
+    kernels: tuple[str, ...]
     unit: int | dict[str, int | None]
     notes: tuple[str, ...] = field(default=())
 
@@ -140,7 +144,7 @@ class Rates:
             lines.append(f"{x.name:<{width}} " + " ".join(f"{v:>5g}" for v in numbers))
         if self.additive is not None:
             lines.append("additive" if self.additive else "not additive")
-        return "\n".join([*lines, *(f"  {r}" for r in (*self.reasons, *self.notes))])
+        return "\n".join([*lines, *(f"  {r}" for r in (*self.reasons, *self.kernels, *self.notes))])
 
 
 def parameter_orders(run: Walk, unit: Unit) -> dict[str, Tensor]:
@@ -201,6 +205,7 @@ def predict(
     unit: int | Mapping[str, int | None] = 0,
     bias: str = "scale",
     isolate: bool = True,
+    likelihood: Any = None,
 ) -> Rates:
     """Rates of every layer when the weights of one unit are scaled by t, all else live.
 
@@ -223,6 +228,8 @@ def predict(
         isolate: cut the couplings between the unit and the live units in maps that have it on both
             sides, the setting in which the rates are stated; otherwise its whole rows and columns
             are scaled and live signals leak in.
+        likelihood: name or ``Likelihood`` of the head, for its exact null vector
+            (``"categorical"`` has one); the rates of the unit's entries are those of any head.
 
     Raises:
         TypeError, ValueError: naming the argument.
@@ -230,6 +237,7 @@ def predict(
     if bias not in BIAS:
         raise _check.fail("bias", bias, f"one of {', '.join(map(repr, BIAS))}")
     checked = check_unit(unit)
+    head = None if likelihood is None else likelihoods.get(likelihood)
     given = isinstance(blocks, nn.Module)
     model = blocks if given else chain(blocks)
     if inputs is None:
@@ -265,9 +273,29 @@ def predict(
         backward=_at_input(run, exact, where),
         additive=None if not pieces else not reasons,
         reasons=tuple(reasons),
+        kernels=tuple(_kernels(model, head, layers)),
         unit=checked,
         notes=tuple(notes),
     )
+
+
+def _kernels(
+    model: nn.Module, head: likelihoods.Likelihood | None, layers: tuple[LayerRate, ...]
+) -> Iterator[str]:
+    """Exact null vectors: that of a centred LayerNorm output, and that of a softmax head."""
+    for name, module in model.named_modules():
+        if isinstance(module, nn.LayerNorm):
+            gain = module.weight
+            dead = [] if gain is None else torch.nonzero(gain == 0).flatten().tolist()
+            vector = f"e_i at γ_i = 0 (i = {dead})" if dead else "γ⁻¹" if gain is not None else "1"
+            where = name or "the LayerNorm"
+            yield f"{where}: covariance of its output has the null vector {vector}"
+    if head is not None and head.name == "categorical" and layers:
+        yield (
+            "softmax head: G of the logits has the null vector 1; p unit weights below them it is "
+            "(t^p, …, t^p, 1), the last entry the unit's, so that deflating it removes the dead "
+            "direction itself: read the unit's entry of G"
+        )
 
 
 def _at_output(run: Walk, found: Orders, unit: Unit) -> float:

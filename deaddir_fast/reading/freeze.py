@@ -274,7 +274,7 @@ def freeze_probe(
     twin = copy.deepcopy(model).double()
     inputs = _double(inputs)
     with at_rest(twin):
-        rates = predict(twin, inputs, unit=checked, bias=bias, isolate=isolate)
+        rates = predict(twin, inputs, unit=checked, bias=bias, isolate=isolate, likelihood=metric)
         parts = [slice_batch(inputs, s, min(s + CHUNK, n)) for s in range(0, n, CHUNK)]
         runs: dict[int, tuple[Walk, Unit]] = {}
         for part in parts:

@@ -100,5 +100,5 @@ def show(found: Rates, console: Console) -> None:
             blocks.add_row(block.name, law, _number(block.backward))
         console.print(blocks)
         console.print("rates add" if found.additive else "rates do not add:")
-    for line in (*found.reasons, *found.notes):
+    for line in (*found.reasons, *found.kernels, *found.notes):
         console.print(f"  {line}", markup=False)

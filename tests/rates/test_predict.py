@@ -217,6 +217,23 @@ def test_an_operation_without_a_rule_is_named_not_guessed():
     assert "bessel_j0" in " ".join(rates.notes)
 
 
+def test_exact_null_vectors_are_named():
+    plain = predict("linear*2")
+    assert plain.kernels == ()
+    (norm,) = predict("linear, layer_norm, linear").kernels
+    assert "γ⁻¹" in norm
+    assert predict("linear, rms_norm, linear").kernels == ()
+    (head,) = predict("linear*2", likelihood="categorical").kernels
+    assert "softmax" in head
+    model = nn.Sequential(nn.Linear(4, 4), nn.LayerNorm(4), nn.Linear(4, 4)).double()
+    with torch.no_grad():
+        model[1].weight[2] = 0.0
+    (zero,) = predict(model, torch.randn(2, 4, dtype=torch.float64)).kernels
+    assert "[2]" in zero
+    with pytest.raises(ValueError, match="likelihood"):
+        predict("linear", likelihood="nothing")
+
+
 def test_table():
     text = str(predict("linear*2"))
     assert "additive" in text
