@@ -244,8 +244,8 @@ def _topk(found: Orders, node: fx.Node) -> Any:
 
 
 def _embedding(found: Orders, node: fx.Node) -> Tensor:
-    weight, index = operands(node)[:2]
-    return found.of(weight)[found.run.values[index]]
+    # Whichever row is looked up: the few samples traced need not hold every token.
+    return _wide(found.of(operands(node)[0]).amin(0), found.run.values[node])
 
 
 def _scattered(found: Orders, node: fx.Node, added: Tensor) -> Tensor:

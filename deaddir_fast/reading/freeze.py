@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from rich.progress import Progress
 from torch import Tensor, fx, nn
+from torch.utils import _pytree as pytree
 
 from deaddir_fast import _check
 from deaddir_fast.gauge.verify import at_rest
@@ -247,7 +248,7 @@ def freeze_probe(
     architecture should have ("Dead Directions", arXiv 2606.05957: known-t sweeps).
 
     Args:
-        model: any module in evaluation mode, left as it is.
+        model: any module, read in evaluation mode and left as it is.
         inputs: tensor, tuple or dict; samples lead.
         unit: channel index in every layer, or {layer name: output index}.
         t: (r,) positive scales; 16 from 1e-3 to 0.3 by default.
@@ -271,6 +272,7 @@ def freeze_probe(
     n = batch_size(inputs)
     if n == 0:
         raise _check.fail("inputs", inputs, "at least one sample")
+    _check_finite(model, inputs)
     twin = copy.deepcopy(model).double()
     inputs = _double(inputs)
     with at_rest(twin):
@@ -309,12 +311,21 @@ def freeze_probe(
     return FreezeProbe(scales, tuple(measured), rates, n, exact, tuple(notes))
 
 
+def _check_finite(model: nn.Module, inputs: Any) -> None:
+    for name, value in model.named_parameters():
+        if not bool(torch.isfinite(value).all()):
+            raise ValueError(f"model: parameter {name!r} has entries that are not finite")
+    for x in pytree.tree_leaves(inputs):
+        if isinstance(x, Tensor) and not bool(torch.isfinite(x).all()):
+            raise ValueError("inputs: expected finite numbers, some are not")
+
+
 def _row(values: list[float]) -> Tensor:
     return torch.tensor(values, dtype=torch.float64)
 
 
 def _double(inputs: Any) -> Any:
-    return torch.utils._pytree.tree_map(
+    return pytree.tree_map(
         lambda x: x.double() if isinstance(x, Tensor) and x.is_floating_point() else x, inputs
     )
 

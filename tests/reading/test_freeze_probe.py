@@ -239,6 +239,63 @@ def test_errors_name_the_argument(kwargs, error, word):
         _probe(chain("linear*2"), torch.randn(4, 3, 4, dtype=torch.float64), **kwargs)
 
 
+def test_numbers_that_are_not_finite():
+    x = torch.randn(4, 3, 4, dtype=torch.float64)
+    with pytest.raises(ValueError, match="inputs"):
+        _probe(chain("linear"), x.fill_(math.nan))
+    model = chain("linear")
+    with torch.no_grad():
+        model[0].weight[0, 0] = math.inf
+    with pytest.raises(ValueError, match=r"0\.weight"):
+        _probe(model, torch.randn(4, 3, 4, dtype=torch.float64))
+
+
+class _Shared(nn.Module):
+    """One weight used three times: t to the third."""
+
+    def __init__(self):
+        super().__init__()
+        self.l = nn.Linear(4, 4, bias=False)
+
+    def forward(self, x):
+        for _ in range(3):
+            x = torch.tanh(self.l(x))
+        return x
+
+
+class _Recurrent(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.l = nn.GRU(4, 4, batch_first=True)
+        self.o = nn.Linear(4, 3)
+
+    def forward(self, x):
+        return self.o(self.l(x)[0][:, -1])
+
+
+class _Tied(nn.Module):
+    """An embedding that is also the head."""
+
+    def __init__(self):
+        super().__init__()
+        self.e = nn.Embedding(20, 6)
+        self.l = nn.Linear(6, 6)
+        self.h = nn.Linear(6, 20, bias=False)
+        self.h.weight = self.e.weight
+
+    def forward(self, ids):
+        return self.h(torch.tanh(self.l(self.e(ids))))
+
+
+@pytest.mark.parametrize(
+    ("build", "shape"), [(_Shared, (16, 4)), (_Recurrent, (16, 3, 4)), (_Tied, (8, 3))]
+)
+def test_weights_used_more_than_once(build, shape):
+    torch.manual_seed(0)
+    x = torch.randint(0, 20, shape) if build is _Tied else torch.randn(shape)
+    _check(_probe(build(), x, unit=1))
+
+
 def test_empty_inputs_and_no_module():
     with pytest.raises(ValueError, match="inputs"):
         _probe(chain("linear"), torch.zeros(0, 4, dtype=torch.float64))
