@@ -20,49 +20,15 @@ from torch.utils._pytree import tree_map
 
 from deaddir_fast.gauge.units import Scale, Term, Units, combined, compress, negated
 from deaddir_fast.nets.graph import Capture
+from deaddir_fast.nets.moves import MOVES, SAME, operands
 
 aten = torch.ops.aten
 
-# Data movement: applied to the variable ids exactly as to the values.
-MOVES = {
-    aten.view.default,
-    aten._unsafe_view.default,
-    aten.reshape.default,
-    aten.expand.default,
-    aten.slice.Tensor,
-    aten.select.int,
-    aten.split.Tensor,
-    aten.split_with_sizes.default,
-    aten.unbind.int,
-    aten.flip.default,
-    aten.roll.default,
-    aten.repeat.default,
-    aten.index_select.default,
-    aten.index.Tensor,
-    aten.gather.default,
-    aten.unfold.default,
-    aten.permute.default,
-    aten.transpose.int,
-    aten.t.default,
-    aten.unsqueeze.default,
-    aten.squeeze.default,
-    aten.squeeze.dim,
-    aten.squeeze.dims,
-}
 _AXIS_MOVES = {
     aten.permute.default,
     aten.transpose.int,
     aten.t.default,
     aten.unsqueeze.default,
-}
-SAME = {
-    aten.clone.default,
-    aten.alias.default,
-    aten.detach.default,
-    aten._to_copy.default,
-    aten.contiguous.default,
-    aten.lift_fresh_copy.default,
-    aten.neg.default,
 }
 _KINKED = {aten.relu.default, aten.abs.default}
 _COMPARE_SCALAR = {
@@ -105,11 +71,6 @@ _ZERO_FILL = {
     aten.zeros.default,
     aten.zeros_like.default,
 }
-
-
-def operands(node: fx.Node) -> tuple[Any, ...]:
-    """Positional arguments of a node: nodes, numbers, lists of these."""
-    return node.args
 
 
 @dataclass

@@ -10,47 +10,15 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
+from deaddir_fast.nets import moves as nets_moves
+from deaddir_fast.nets.moves import SAME, operands
 from deaddir_fast.rates.tropical import INF, LINEAR_GERM, Germ, clamp_germ, power_germ
 
 aten = torch.ops.aten
 GETITEM = operator.getitem
 
 # Linear in the first argument, with coefficients >= 0 (a sign does not change an order).
-MOVES: set[Any] = {
-    aten.view.default,
-    aten._unsafe_view.default,
-    aten.reshape.default,
-    aten.expand.default,
-    aten.slice.Tensor,
-    aten.select.int,
-    aten.split.Tensor,
-    aten.split_with_sizes.default,
-    aten.unbind.int,
-    aten.flip.default,
-    aten.roll.default,
-    aten.repeat.default,
-    aten.index_select.default,
-    aten.index.Tensor,
-    aten.gather.default,
-    aten.unfold.default,
-    aten.permute.default,
-    aten.transpose.int,
-    aten.t.default,
-    aten.unsqueeze.default,
-    aten.squeeze.default,
-    aten.squeeze.dim,
-    aten.squeeze.dims,
-    aten.constant_pad_nd.default,
-}
-SAME: set[Any] = {
-    aten.clone.default,
-    aten.alias.default,
-    aten.detach.default,
-    aten._to_copy.default,
-    aten.contiguous.default,
-    aten.lift_fresh_copy.default,
-    aten.neg.default,
-}
+MOVES: set[Any] = nets_moves.MOVES | {aten.constant_pad_nd.default}
 SUMS: set[Any] = {
     aten.sum.dim_IntList,
     aten.sum.default,
@@ -134,11 +102,6 @@ _GERMS: dict[Any, Germ] = {
     aten.log.default: Germ(1, singular=True),
     aten.log2.default: Germ(1, singular=True),
 }
-
-
-def operands(node: fx.Node) -> tuple[Any, ...]:
-    """Positional arguments: nodes, numbers, lists of these."""
-    return node.args
 
 
 def germ(node: fx.Node) -> Germ | None:

@@ -82,6 +82,22 @@ class Germ:
         rows = next((c.shape[0] for c in self.parts.values()), 0)
         return np.zeros((rows, count(self.variables, degree)))
 
+    def terms(self) -> tuple[list[tuple[int, ...]], list[Array]]:
+        """Exponents of the monomials that are present, and their (g,) coefficients.
+
+        Raises:
+            Undecided: where a coefficient is neither clearly zero nor clearly present.
+        """
+        exponents: list[tuple[int, ...]] = []
+        columns: list[Array] = []
+        for degree in sorted(self.parts):
+            for column, exponent in enumerate(monomials(self.variables, degree)):
+                values = self.parts[degree][:, column]
+                if not self.absent(values):
+                    exponents.append(exponent)
+                    columns.append(values)
+        return exponents, columns
+
     def evaluate(self, degree: int, points: Array) -> Array:
         """(q, g) values of the homogeneous part of one degree at (q, d) points."""
         return evaluate_monomials(points, degree) @ self.part(degree).T

@@ -160,14 +160,7 @@ def compact_faces(support: Array) -> Array:
 
 def _monomial(germ: Germ) -> LocalThreshold | None:
     """The monomial rule in the given coordinates."""
-    support: list[tuple[int, ...]] = []
-    columns: list[Array] = []
-    for degree in sorted(germ.parts):
-        for column, exponent in enumerate(monomials(germ.variables, degree)):
-            values = germ.parts[degree][:, column]
-            if not germ.absent(values):
-                support.append(exponent)
-                columns.append(values)
+    support, columns = germ.terms()
     if not support or len(support) > MONOMIAL_LIMIT:
         return None
     if any(not any(e[i] for e in support) for i in range(germ.variables)):

@@ -80,14 +80,7 @@ def support(germ: Germ) -> Support:
     Raises:
         Undecided: where a coefficient is neither clearly zero nor clearly present.
     """
-    exponents: list[Vector] = []
-    columns: list[Array] = []
-    for degree in sorted(germ.parts):
-        for column, exponent in enumerate(monomials(germ.variables, degree)):
-            values = germ.parts[degree][:, column]
-            if not germ.absent(values):
-                exponents.append(exponent)
-                columns.append(values)
+    exponents, columns = germ.terms()
     error = ZERO * germ.noise * germ.scale
     matrix = np.array(columns).T
     # Generators that are combinations of others are left out: K only depends on the span.
