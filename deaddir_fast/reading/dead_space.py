@@ -19,6 +19,7 @@ SAMPLED = 16  # vectors that stand for a dead space too large to list
 ORBIT_ENTRIES = 250_000_000  # gauges whose tangents need more numbers than this are left out
 PROBES = 6  # random dead directions that decide flatness and the generic order
 GERM_VARIABLES = 6  # the Taylor polynomial is taken in at most this many dead variables
+LEAD_VARIABLES = 10  # and its leading part in at most this many
 GERM_MONOMIALS = 250  # and with at most this many monomials of one degree
 GERM_NOISE = 1e-7  # Taylor coefficients with more relative rounding than this are not used
 KINK_MISFIT = 1e-6  # a germ that fits worse than this is not a polynomial: a kink
@@ -41,6 +42,7 @@ class DeadSpace:
         order: generic KL order in ``rest`` after relaxing; inf where flat, None where unclear.
         germ: Taylor polynomial of the relaxed outputs on ``rest``, in units of ``radius``; None
             where flat, unclear or too large.
+        lead: its leading part alone, where only that is taken.
         radius: parameter distance at which the coefficients of the germ are balanced.
         kinked: the point sits on a kink that these directions leave.
         reason: why the germ is missing, if it is.
@@ -54,6 +56,7 @@ class DeadSpace:
     gauges: tuple[str, ...]
     order: float | None
     germ: Germ | None
+    lead: Germ | None
     radius: float
     kinked: bool
     reason: str
@@ -134,10 +137,10 @@ def explore(
         kinked: bool = False,
         reason: str = "",
         notes: tuple[str, ...] = (),
+        lead: Germ | None = None,
     ) -> DeadSpace:
-        return DeadSpace(
-            orbit, rest, size, tuple(names), order, germ, radius, kinked, reason, magnitude, notes
-        )
+        found = (order, germ, lead, radius, kinked, reason, magnitude, notes)
+        return DeadSpace(orbit, rest, size, tuple(names), *found)
 
     if local.kinked:
         reason = "the point sits on a kink that the outputs feel at first order"
@@ -169,7 +172,11 @@ def explore(
             f"{size} dead dimensions outside the gauge orbit, of generic order {generic:g}: too "
             f"many for the Taylor polynomial (limit {GERM_VARIABLES})"
         )
-        return result(generic, reason=reason, notes=notes)
+        lead = None
+        if size <= LEAD_VARIABLES and count(mu, int(generic)) <= GERM_MONOMIALS:
+            lead, _, misfit = _germ(local, rest, int(generic), int(generic), generator)
+            lead = lead if misfit <= KINK_MISFIT else None
+        return result(generic, reason=reason, notes=notes, lead=lead)
     top = max_order
     while top > generic and count(mu, top) > GERM_MONOMIALS:
         top -= 1

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from fractions import Fraction
 from typing import Any
@@ -23,11 +24,12 @@ from deaddir_fast.reading.fibre import doubt, moving, neighbour_directions, onto
 from deaddir_fast.reading.local import LocalModel
 from deaddir_fast.reading.prior import LogPrior
 from deaddir_fast.reading.prior_rule import prior_rule
+from deaddir_fast.theory.blow_up import blow_up
 from deaddir_fast.theory.fluctuation import fluctuation_limits, singular_fluctuation
 from deaddir_fast.theory.local_rlct import local_threshold
 from deaddir_fast.theory.quartet import Quartet, quartet
 from deaddir_fast.theory.sampled_estimate import REFERENCES
-from deaddir_fast.theory.threshold import LocalThreshold, decided
+from deaddir_fast.theory.threshold import LocalThreshold, Undecided, decided
 
 NEIGHBOURS = 8  # nearby points of the fibre that may lower the upper bound
 NEIGHBOUR_LIMIT = 200  # parameters up to which they are looked for
@@ -162,6 +164,9 @@ def singular_part(local: LocalModel, space: DeadSpace, prior_exponent: int) -> L
     k = int(space.order)
     upper = Fraction(mu + prior_exponent, 2 * k)
     if space.germ is None:
+        if space.lead is not None and prior_exponent == 0:
+            with suppress(Undecided):
+                return blow_up(space.lead, k, space.reason)
         return LocalThreshold(None, None, Fraction(1, 2 * k), upper, space.reason)
     found = local_threshold(space.germ, prior_exponent=prior_exponent)
     if found.decided and found.rests_on_zeros:
@@ -304,9 +309,14 @@ def read_triple(
     rests = [f"{local.samples} samples, {split.rows} output equations", f"Taylor order {max_order}"]
     if not found.decided and not space.kinked:
         near = neighbours(local, space, gauges)
-        if near is not None and near - half < found.upper:
-            found = replace(found, upper=max(near - half, found.lower))
-            rests.append("upper bound from nearby points of the fibre")
+        if near is not None and near - half <= found.upper:
+            if near - half == found.lower and found.attained and h == 0:
+                rule = "one blow-up, its bound attained on the fibre"
+                found = decided(found.lower, found.attained, rule)
+                rests.append("the fibre has the same λ at two distances from the parameters")
+            else:
+                found = replace(found, upper=max(near - half, found.lower))
+                rests.append("upper bound from nearby points of the fibre")
     if found.decided and found.rests_on_zeros:
         rests.append(
             "coefficients below their rounding are zero, and tangents closer than about its square "

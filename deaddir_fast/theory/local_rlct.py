@@ -35,6 +35,7 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy.optimize import linprog
 
+from deaddir_fast.theory.blow_up import blow_up
 from deaddir_fast.theory.germ import Germ, monomials
 from deaddir_fast.theory.linear_factors import factor_coordinates
 from deaddir_fast.theory.monomial import monomial_ideal
@@ -286,6 +287,11 @@ def local_threshold(germ: Germ, *, prior_exponent: int = 0) -> LocalThreshold:
     if reasons:
         reason += f" ({'; '.join(dict.fromkeys(reasons))})"
     best = LocalThreshold(None, None, lower, upper, reason)
+    if h == 0:
+        with suppress(Undecided):
+            best = blow_up(germ, k, reason)
+            if best.decided:
+                return best
     for basis, adapted in seen:
         with suppress(Undecided):
             bound, fibres = newton_bound(adapted)

@@ -58,6 +58,7 @@ class LocalThreshold:
             altogether (a fibre through the point); whoever can should look at a finite distance.
         multiple: that fibre is claimed to be one along which the functions vanish to order >= 2.
         fibres: the claimed fibres, where the rule knows them.
+        attained: m if a fibre through the point attains ``lower``, where that is known.
     """
 
     rlct: Fraction | None
@@ -68,6 +69,7 @@ class LocalThreshold:
     rests_on_zeros: bool = False
     multiple: bool = False
     fibres: tuple[Fibre, ...] = field(default=(), compare=False)
+    attained: int | None = None
 
     @property
     def decided(self) -> bool:
@@ -91,6 +93,7 @@ class LocalThreshold:
             self.rests_on_zeros,
             self.multiple,
             self.fibres,
+            self.attained,
         )
 
     def moved(self, basis: NDArray[np.float64]) -> LocalThreshold:
