@@ -270,10 +270,10 @@ def read_triple(
     coordinates, lives on the null space of the Fisher (Morse splitting). Gauge orbits contribute
     nothing and are cut transversally. What remains is read from exact Taylor coefficients: flat
     (smooth fibre), one direction, a plane (resolved by blow-ups), graded blocks, a monomial ideal,
-    a complete intersection or a Newton non-degenerate ideal; otherwise certified bounds are
-    returned, the upper one improved by nearby points of the fibre ("Dead Directions", arXiv
-    2606.05957: selection rule on smooth fibres; Watanabe 2009; the relaxed Taylor reading is our
-    choice).
+    a complete intersection, a Newton non-degenerate ideal or one blow-up; otherwise certified
+    bounds are returned, the upper one improved by nearby points of the fibre; where one of these
+    attains the lower bound of a blow-up, the two decide ("Dead Directions", arXiv 2606.05957:
+    selection rule on smooth fibres; Watanabe 2009; the relaxed Taylor reading is our choice).
 
     Args:
         model: any module in evaluation mode; read in fp64 on a copy.

@@ -17,11 +17,12 @@ The rules, tried in turn:
   their differentials are independent. One blow-up then gives normal crossings:
   λ = min(d/(2k), c/2), m = 2 on a tie;
 * Newton non-degenerate (``newton``), in the given coordinates, in those of the
-  flag of orders, and in those of linear factors of leading forms (``linear_factors``).
+  flag of orders, and in those of linear factors of leading forms (``linear_factors``);
+* one blow-up (``blow_up``): leading forms of large rank wherever they vanish.
 
-Otherwise bounds that hold are returned with the reason: 1/(2k) <= λ, and λ at most d/(2k) or the
-linear programme over the Newton polyhedron of all terms that may be there (``newton_bound``), in
-the same coordinates.
+Otherwise bounds that hold are returned with the reason: from below those of one blow-up, from above
+d/(2k) or the linear programme over the Newton polyhedron of all terms that may be there
+(``newton_bound``), in the same coordinates.
 """
 
 from __future__ import annotations

@@ -67,12 +67,27 @@ def test_measured_rates_are_the_predicted_ones(spec):
 @pytest.mark.slow
 @pytest.mark.parametrize("depth", [3, 4])
 def test_attention_saturates(depth):
+    """min(4k, 4p + 8), with weights that keep tokens apart."""
     torch.manual_seed(0)
-    probe = _probe(chain(f"attention*{depth}"), torch.randn(24, 3, 4, dtype=torch.float64))
+    model = chain(f"attention*{depth}")
+    with torch.no_grad():
+        for weight in model.parameters():
+            weight *= 2
+    probe = _probe(model, 2 * torch.randn(24, 3, 4, dtype=torch.float64))
     _check(probe)
     for p in range(depth):
         slope = probe[f"{p}.o"].fits["backward"].slope
         assert slope == pytest.approx(min(4 * (depth - 1 - p), 4 * p + 8), abs=0.05)
+
+
+@pytest.mark.slow
+def test_a_rounding_floor_is_no_rate():
+    """Tokens that collapse with depth leave rounding in the scores' gradient: said, not read."""
+    torch.manual_seed(0)
+    probe = _probe(chain("attention*4"), torch.randn(24, 3, 4, dtype=torch.float64))
+    assert probe.agrees
+    verdicts = [v for layer in probe.layers for v in layer.verdicts.values()]
+    assert any(v.startswith("unresolved") for v in verdicts)
 
 
 @pytest.mark.parametrize("blocks", [3, 6])
