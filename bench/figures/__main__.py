@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 import time
 import traceback
@@ -32,6 +33,8 @@ def main(arguments: list[str] | None = None) -> int:
         if name not in known:
             parser.error(f"no figure called {name!r}; there are {', '.join(known)}")
 
+    # Fits factorise many small matrices: threads of the BLAS under numpy only cost time there.
+    os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
     from bench.figures._make import make  # matplotlib and torch: not for --help
 
     console = Console()

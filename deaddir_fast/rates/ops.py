@@ -147,11 +147,10 @@ def factors(node: fx.Node) -> tuple[Any, Any, Any]:
 def dims(node: fx.Node, ndim: int) -> list[int]:
     """Axes a reduction works on."""
     args = operands(node)
-    given = args[1] if len(args) > 1 else node.kwargs.get("dim")
+    given: Any = args[1] if len(args) > 1 else node.kwargs.get("dim")
     if given is None or given == [] or node.target in (aten.sum.default, aten.mean.default):
         return list(range(ndim))
-    axes: list[int] = [given] if isinstance(given, int) else list(given)  # type: ignore[arg-type]
-    return [d % ndim for d in axes]
+    return [d % ndim for d in ([given] if isinstance(given, int) else given)]
 
 
 def average(node: fx.Node, args: tuple[Any, ...]) -> Callable[[Tensor], Tensor]:

@@ -221,7 +221,8 @@ def predict(
     Args:
         blocks: a module; or a list (or comma-separated string) of primitives and modules, see
             ``deaddir_fast.theory.primitives``.
-        inputs: a batch for a module, samples leading; made up from its first layer if None.
+        inputs: a batch, samples leading (in fp64 for a list); if None made up from a module's
+            first layer, or (2, 3, 4) numbers (2 samples, 3 tokens) for a list of primitives.
         unit: channel index in every layer, or {layer name: output index} (None: the unit ends at
             that layer's input).
         bias: the unit's biases: ``"scale"`` by t, set to ``"zero"``, or ``"keep"``.
@@ -233,6 +234,7 @@ def predict(
 
     Raises:
         TypeError, ValueError: naming the argument.
+        NotImplementedError: for more than 64 different orders within one tensor.
     """
     if bias not in BIAS:
         raise _check.fail("bias", bias, f"one of {', '.join(map(repr, BIAS))}")
@@ -241,11 +243,9 @@ def predict(
     given = isinstance(blocks, nn.Module)
     model = blocks if given else chain(blocks)
     if inputs is None:
+        if not given and isinstance(checked, int) and checked >= WIDTH:
+            raise _check.fail("unit", unit, f"an index below {WIDTH} for a list of primitives")
         inputs = made_up(model) if given else example(model)
-    elif not given:
-        raise _check.fail("inputs", inputs, "None for a list of primitives")
-    if not given and isinstance(checked, int) and checked >= WIDTH:
-        raise _check.fail("unit", unit, f"an index below {WIDTH} for a list of primitives")
     with at_rest(model):
         run, where = trace(model, inputs, checked, bias, isolate)
         orders = parameter_orders(run, where)
@@ -334,10 +334,11 @@ def _blocks(
 def _chained(
     parts: Sequence[tuple[str, nn.Module, Tensor]], unit: int, bias: str, isolate: bool
 ) -> tuple[list[BlockRate], list[str]]:
-    runs = []
+    runs, entering = [], None
     for _, block, x in parts:
         run = walk(block, x)
-        where = locate(run, unit, bias=bias, isolate=isolate, need=False)
+        where = locate(run, unit, bias=bias, isolate=isolate, need=False, entering=entering)
+        entering = [where.masks.get(run.output)]
         runs.append((run, where, parameter_orders(run, where)))
 
     def forward(k: int, order: float) -> float:
@@ -349,7 +350,8 @@ def _chained(
     def backward(k: int, order: float, gradient: float) -> float:
         run, where, orders = runs[k]
         found = propagate(run, orders, where.masks, leaks=True, entering=order, leaving=gradient)
-        return _at_input(run, found, where)
+        held = any(node in where.masks for node in run.sources)
+        return _at_input(run, found, where) if held else 0.0  # what enters is live
 
     reached = [0.0]
     for k in range(len(parts)):
@@ -380,7 +382,7 @@ def _chained(
 def _reasons(block: BlockRate) -> Iterator[str]:
     """Why a block does not add its own orders in its place in the chain."""
     own = block.forward[0]
-    if block.added != own:
+    if math.isfinite(block.added) and block.added != own:
         if math.isnan(block.degree):
             orders = ", ".join(f"{v:g}" for v in block.forward)
             yield f"{block.name}: orders 0, 1, 2, 3 become {orders}: no law qk + e"

@@ -7,6 +7,7 @@ glu, bilinear, attention, layer_norm, rms_norm, moe:ACT, residual(…), dag``; `
 
 from __future__ import annotations
 
+import copy
 import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -30,14 +31,6 @@ class Squared(nn.Module):
         return F.relu(x).square()
 
 
-class Identity(nn.Module):
-    """No activation: the gate of a bilinear unit."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        """(...) -> (...)."""
-        return x
-
-
 ACTIVATIONS: dict[str, Callable[[], nn.Module]] = {
     "relu": nn.ReLU,
     "gelu": nn.GELU,
@@ -48,7 +41,7 @@ ACTIVATIONS: dict[str, Callable[[], nn.Module]] = {
     "softplus": nn.Softplus,
     "leaky_relu": nn.LeakyReLU,
     "elu": nn.ELU,
-    "identity": Identity,
+    "identity": nn.Identity,  # the gate of a bilinear unit
 }
 GATES = {
     "swiglu": "silu",
@@ -285,7 +278,7 @@ def chain(blocks: Any) -> nn.Sequential:
         modules = []
         for k, block in enumerate(blocks):
             if isinstance(block, nn.Module):
-                modules.append(block)
+                modules.append(copy.deepcopy(block))  # the chain is in fp64, the given one stays
             elif isinstance(block, str):
                 modules += parse(block)
             else:

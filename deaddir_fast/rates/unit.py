@@ -10,7 +10,7 @@ stated ("Dead Directions", the known-t sweep; which couplings are cut is our cho
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -116,6 +116,7 @@ def locate(
     bias: str = "scale",
     isolate: bool = True,
     need: bool = True,
+    entering: Sequence[Tensor | None] | None = None,
 ) -> Unit:
     """Follow a unit through a captured model and say which weights carry it.
 
@@ -126,16 +127,22 @@ def locate(
         bias: what happens to the unit's biases: scaled by t, set to zero, or kept.
         isolate: cut the couplings between the unit and the live units.
         need: refuse a model in which no weight carries the unit.
+        entering: masks of the unit in the inputs, where they are known; by default entry j of the
+            feature axis.
 
     Raises:
         ValueError: naming ``unit``: a layer that does not exist, or an index no layer has.
     """
     found = Unit()
+    for node, held in zip(run.sources, entering or (), strict=False):
+        if held is not None:
+            found.masks[node] = held
     wanted = unit if isinstance(unit, dict) else None
     for node in run.nodes:
-        if node.op == "placeholder" and node in run.sources and wanted is None:
-            assert isinstance(unit, int)
+        if node in run.sources and isinstance(unit, int) and entering is None:
             _enter(run, found, node, unit)
+        elif node.op == "placeholder":
+            continue
         elif node.op == "call_function":
             if _is_use(run, node):
                 _linear(run, found, node, unit, bias, isolate)

@@ -27,6 +27,8 @@ CHUNK = 64  # samples of one pass
 EXACT = 64  # output entries per sample up to which every one is propagated back
 PROBES = 16  # random covectors beyond that
 TOLERANCE = 0.05  # of a slope that agrees
+NUDGE = 4 * torch.finfo(torch.float64).eps  # relative change of every weight, and what it may
+FLOOR = 0.01  # change a value by, relative, before that is called rounding
 DEEP = (1e-4, 1e-3)  # times the smallest t: where small leading coefficients show
 QUANTITIES = ("forward", "backward", "fisher")
 
@@ -43,7 +45,8 @@ class FrozenLayer:
         fits: {"forward" | "backward" | "fisher": RateFit}; absent where the layer has no such side.
         verdicts: the same keys: ``"agrees"``; ``"agrees as t → 0: …"`` (steeper in the sweep,
             where a small leading coefficient does not show yet, but as predicted far below it);
-            ``"differs: …"``; or ``"unresolved: …"`` (a floor, no window).
+            ``"differs: …"``; or ``"unresolved: …"`` (no window, or a floor: values that the
+            last digits of the weights change by more than 1 % are rounding and are not fitted).
     """
 
     rate: LayerRate
@@ -136,6 +139,16 @@ def scaled_state(parameters: Mapping[str, Tensor], unit: Unit, t: float) -> dict
     return state
 
 
+def _nudged(state: Mapping[str, Tensor], seed: int) -> dict[str, Tensor]:
+    """Every weight changed in its last digits; zeros stay zeros."""
+    generator = torch.Generator().manual_seed(seed)
+    nudged = {}
+    for name, value in state.items():
+        draw = torch.randn(value.shape, dtype=torch.float64, generator=generator)
+        nudged[name] = value * (1 + NUDGE * draw.to(value.device))
+    return nudged
+
+
 def _evaluate(
     run: Walk, state: Mapping[str, Tensor], inputs: Any, added: Mapping[fx.Node, Tensor]
 ) -> dict[fx.Node, Any]:
@@ -161,8 +174,7 @@ def _covectors(output: Tensor, seed: int) -> tuple[list[Tensor], bool]:
     n, entries = output.shape[0], output[0].numel()
     if entries <= EXACT:
         eye = torch.eye(entries, dtype=output.dtype, device=output.device)
-        scale = 1.0
-        return [scale * e.expand(n, entries).reshape(output.shape) for e in eye], True
+        return [e.expand(n, entries).reshape(output.shape) for e in eye], True
     generator = torch.Generator().manual_seed(seed)
     draws = torch.randn(PROBES, *output.shape, dtype=torch.float64, generator=generator)
     draws = draws.to(output.device, output.dtype) / PROBES**0.5
@@ -288,23 +300,26 @@ def freeze_probe(
         layers = len(where.uses)
         deep = [float(scales.min()) * d for d in DEEP]
         points = len(scales) + len(deep)
-        curves = torch.zeros(3, layers, points, dtype=torch.float64)
-        forward, backward, fisher = curves
+        # As it is and nudged: forward, backward and Fisher.
+        curves = torch.zeros(2, 3, layers, points, dtype=torch.float64)
         exact = True
         whole = {name: value.detach() for name, value in twin.named_parameters()}
         with Progress(disable=not progress, transient=True) as bar:
             task = bar.add_task("freeze probe", total=len(scales) + len(deep))
             for j, scale in enumerate([*scales.tolist(), *deep]):
                 state = scaled_state(whole, where, scale)
-                for part in parts:
-                    own_run, own_unit = runs[batch_size(part)]
-                    a, g, exact = _moments(own_run, own_unit, state, part, metric, seed)
-                    forward[:, j] += _row(a) / n
-                    backward[:, j] += _row(g) / n
-                    f = _own_curvature(own_run, own_unit, state, part, metric)
-                    fisher[:, j] += _row(f) / n
+                for copy_, weights in enumerate((state, _nudged(state, seed))):
+                    for part in parts:
+                        own_run, own_unit = runs[batch_size(part)]
+                        a, g, exact = _moments(own_run, own_unit, weights, part, metric, seed)
+                        f = _own_curvature(own_run, own_unit, weights, part, metric)
+                        curves[copy_, :, :, j] += torch.tensor([a, g, f], dtype=torch.float64) / n
                 bar.advance(task)
-    measured = [_layer(rates.layers[k], scales, deep, curves[:, k], own[k]) for k in range(layers)]
+    values, steady = curves[0], (curves[1] - curves[0]).abs() <= FLOOR * curves[0]
+    measured = [
+        _layer(rates.layers[k], scales, deep, values[:, k], steady[:, k], own[k])
+        for k in range(layers)
+    ]
     notes = list(rates.notes)
     if not exact:
         notes.append(f"gradients from {PROBES} random covectors per sample, the same at every t")
@@ -320,36 +335,39 @@ def _check_finite(model: nn.Module, inputs: Any) -> None:
             raise ValueError("inputs: expected finite numbers, some are not")
 
 
-def _row(values: list[float]) -> Tensor:
-    return torch.tensor(values, dtype=torch.float64)
-
-
 def _double(inputs: Any) -> Any:
     return pytree.tree_map(
         lambda x: x.double() if isinstance(x, Tensor) and x.is_floating_point() else x, inputs
     )
 
 
-def _layer(rate: LayerRate, t: Tensor, deep: list[float], curves: Tensor, own: bool) -> FrozenLayer:
-    """Fits and verdicts; ``curves`` is (3, r + deep)."""
+def _layer(
+    rate: LayerRate, t: Tensor, deep: list[float], curves: Tensor, steady: Tensor, own: bool
+) -> FrozenLayer:
+    """Fits and verdicts; ``curves`` and ``steady`` (above rounding) are (3, r + deep)."""
     sides = {"forward": rate.input_side, "backward": rate.output_side, "fisher": own}
-    swept, beyond = curves[:, : len(t)], curves[:, len(t) :]
+    swept = curves[:, : len(t)]
+    clear = torch.where(steady, curves, torch.nan)
     fits, verdicts = {}, {}
-    for quantity, values, below in zip(QUANTITIES, swept, beyond, strict=True):
+    for quantity, values, kept in zip(QUANTITIES, swept, clear, strict=True):
         if not sides[quantity]:
             continue
-        # t = 0 is exact, and products of exact factors keep their relative accuracy.
-        fit = fit_rate(t, values, pure=True)
+        # t = 0 is exact and rounding is left out: neither an offset nor a floor remains.
+        fit = fit_rate(t, kept[: len(t)], pure=True)
         predicted = float(getattr(rate, f"{quantity}_slope"))
         fits[quantity] = fit
-        verdicts[quantity] = _verdict(fit, values, predicted, _slope(deep, below))
+        verdict = _verdict(fit, values, predicted, _slope(deep, kept[len(t) :]))
+        lost = int(kept[: len(t)].isnan().sum())
+        if lost and verdict.startswith("unresolved"):
+            verdict = f"unresolved: at the rounding floor at {lost} of {len(t)} t"
+        verdicts[quantity] = verdict
     return FrozenLayer(rate, swept[0], swept[1], swept[2], fits, verdicts)
 
 
 def _slope(t: list[float], values: Tensor) -> float:
     """Log-log slope between two points; NaN where a value is not positive and normal."""
     low, high = (float(v) for v in values)
-    if min(low, high) < torch.finfo(torch.float64).tiny:
+    if not min(low, high) >= torch.finfo(torch.float64).tiny or math.isnan(high):
         return math.nan
     return math.log(high / low) / math.log(t[1] / t[0])
 

@@ -123,8 +123,8 @@ def _upper(radial: list[Power], d: int) -> Fraction | float:
     return min(known) / 2 if known and min(known) > 0 else math.inf
 
 
-def _one_exponent(found: list[Power]) -> tuple[Fraction | None, str]:
-    """The exponent all curves share, or None and why there is none."""
+def _degree(found: list[Power], directions: int) -> tuple[Fraction | None, str]:
+    """The exponent all curves share, or None and why there is none that can be used."""
     for p in found:
         if p.reason:
             return None, p.reason
@@ -132,7 +132,12 @@ def _one_exponent(found: list[Power]) -> tuple[Fraction | None, str]:
     if len(values) > 1:
         low, high = min(v for v in values if v is not None), max(v for v in values if v is not None)
         return None, f"its exponent depends on the side or direction, from {low} to {high}"
-    return values.pop(), ""
+    degree = values.pop()
+    if degree is not None and degree < 0 and directions > 1:
+        return None, f"it diverges with exponent {degree}; decided for one direction only"
+    if degree is not None and degree <= -1:
+        return None, f"exponent {degree}: not integrable"
+    return degree, ""
 
 
 def _regular(
@@ -142,13 +147,9 @@ def _regular(
     flagged: Callable[[str], PriorRule],
 ) -> PriorRule:
     """All directions live: K ~ |θ - θ0|², a prior of degree h adds h/2."""
-    h, why = _one_exponent(radial)
+    h, why = _degree(radial, d)
     if h is None:
         return flagged(why)
-    if h < 0 and d > 1:
-        return flagged(f"it diverges with exponent {h}; decided for one direction only")
-    if h <= -1:
-        return flagged(f"exponent {h}: not integrable")
     note = f"prior: degree {h} along {len(radial)} generic half-lines"
     return PriorRule(h / 2, upper, notes=(note,))
 
@@ -201,13 +202,9 @@ def _on_dead_space(
             logs.append(_at(local, log_prior, moved))
         found.append(power(radii, np.array(logs)))
         ends.append(logs[-1])
-    degree, why = _one_exponent(found)
+    degree, why = _degree(found, mu)
     if degree is None:
         return flagged(why)
-    if degree < 0 and mu > 1:
-        return flagged(f"it diverges with degree {degree}; decided for one direction only")
-    if degree <= -1:
-        return flagged(f"exponent {degree}: not integrable")
     shift = degree / (2 * int(top))
     note = f"prior: degree {degree} on {len(found)} generic curves v_i = s_i t^({top:g}/k_i)"
     even = abs(math.expm1(ends[0] - ends[1])) < EVEN if mu == 1 else False

@@ -189,7 +189,7 @@ def independent_directions(
     """
     if not found.decided:
         return None, "λ is not resolved"
-    if space.germ is None:
+    if space.size == 0 or space.order == float("inf"):
         return (), "resolved"
     adapted = flag_basis(space)
     if adapted is None:
@@ -310,12 +310,15 @@ def read_triple(
     if not found.decided and not space.kinked:
         near = neighbours(local, space, gauges)
         if near is not None and near - half <= found.upper:
-            if near - half == found.lower and found.attained and h == 0:
+            nearby = near - half
+            if nearby == found.lower and found.attained and h == 0:
                 rule = "one blow-up, its bound attained on the fibre"
-                found = decided(found.lower, found.attained, rule)
+                found = decided(nearby, found.attained, rule)
                 rests.append("the fibre has the same λ at two distances from the parameters")
             else:
-                found = replace(found, upper=max(near - half, found.lower))
+                # Of two bounds that contradict each other the one from below is given up.
+                kept = found.lower if found.lower <= nearby else Fraction(0)
+                found = replace(found, lower=kept, upper=nearby)
                 rests.append("upper bound from nearby points of the fibre")
     if found.decided and found.rests_on_zeros:
         rests.append(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 from itertools import product
@@ -42,11 +42,11 @@ class WeightedBound:
     verdict: str
 
 
-def small_weights(count: int) -> Iterator[tuple[int, ...]]:
+def small_weights(count: int) -> list[tuple[int, ...]]:
     """Coprime weight vectors with small positive entries, smaller sums first."""
     entries = range(1, LARGEST[count] + 1)
     found = [w for w in product(entries, repeat=count) if gcd(*w) == 1]
-    return iter(sorted(found, key=lambda w: (sum(w), w)))
+    return sorted(found, key=lambda w: (sum(w), w))
 
 
 def _weights(weights: Any, count: int) -> list[tuple[int, ...]]:
@@ -58,7 +58,7 @@ def _weights(weights: Any, count: int) -> list[tuple[int, ...]]:
                 f"one weight for each of the {count} directions (a search "
                 f"takes at most {max(LARGEST)})",
             )
-        return list(small_weights(count))
+        return small_weights(count)
     if isinstance(weights, str) or not hasattr(weights, "__iter__"):
         raise _check.fail("weights", weights, "a sequence of integers >= 1, or None", TypeError)
     given = [_check.integer(f"weights[{i}]", w, 1) for i, w in enumerate(weights)]

@@ -31,8 +31,8 @@ those of J that lie in C; over the cones that fill the normal cone of γ their l
 dimension of its intersection with C. That is m_P if and only if C lies in the normal cone of γ,
 that is γ in γ*, and otherwise at most m_P − 1. ∎
 
-Everything depends on the coordinates. Signs, edges and faces of
-any dimension are treated alike by ``torus_zeros``, with certainty or not at all.
+Everything depends on the coordinates. Signs, edges and faces of any dimension are treated alike by
+``torus_zeros``, with certainty or not at all.
 
 Terms of a degree above ``top`` are not known. If Γ has a pure power of every variable they lie
 strictly inside and do not matter. Otherwise the result takes them to lie in Γ and says so

@@ -173,12 +173,6 @@ class Polyhedron:
         """m of the monomial ideal: dimension of the cone of the rays that attain λ."""
         return rank([[Fraction(v) for v in self.normals[i][0]] for i in sorted(self.optimal)])
 
-    @property
-    def convenient(self) -> bool:
-        """Whether there is a pure power of every variable."""
-        pure = {i for v in self.generators for i, p in enumerate(v) if p == sum(v)}
-        return len(pure) == self.variables
-
     @cached_property
     def compact_faces(self) -> tuple[Face, ...]:
         """All compact faces, the largest first.

@@ -48,6 +48,7 @@ NEGATIVE = 0.05
 # Lag-one correlation of the residuals, in standard deviations of white noise's; fitting a few
 # coefficients shifts it down by that many over the number of points.
 MAX_RUN, FITTED = 2.7, 3.0
+# An exact power has an interval as narrow as its rounding, which may miss the integer by that much.
 EXACT = 1e-9
 # Least disagreement in the order that the pointwise identity may veto.
 IDENTITY_SLACK = 0.2
@@ -292,7 +293,6 @@ def _fit(curve: Curve, given: int, constant_floor: float, pure: bool) -> RateFit
     look = min(looks, key=lambda a: abs(math.exp(a.value) - order)) if looks else None
     if verdict == "resolved" and look is not None:
         verdict = _against(order, order_interval, look) or verdict
-    # An exact power has an interval as narrow as rounding, which may just miss the integer.
     low, high = order_interval[0] - EXACT, order_interval[1] + EXACT
     whole = [k for k in range(1, 1000) if low <= k <= high]
     kind = {"power": "power", "cut": "power"}.get(law.model, law.model)

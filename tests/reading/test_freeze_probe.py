@@ -87,7 +87,29 @@ def test_a_rounding_floor_is_no_rate():
     probe = _probe(chain("attention*4"), torch.randn(24, 3, 4, dtype=torch.float64))
     assert probe.agrees
     verdicts = [v for layer in probe.layers for v in layer.verdicts.values()]
-    assert any(v.startswith("unresolved") for v in verdicts)
+    assert any("rounding floor" in v for v in verdicts)
+
+
+def test_what_cancels_is_rounding_and_no_slope():
+    """x + w - w leaves a constant of size eps where the unit's signal would be t^6: not read."""
+
+    class Cancelling(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.maps = nn.ModuleList(nn.Linear(4, 4, bias=False) for _ in range(5))
+
+        def forward(self, x):
+            for layer in self.maps[:3]:
+                x = layer(x)
+            offset = self.maps[3](torch.ones_like(x)) * 1e3
+            return self.maps[4]((x + offset) - offset)
+
+    torch.manual_seed(0)
+    model = Cancelling().double()
+    probe = _probe(model, torch.randn(16, 4, dtype=torch.float64), isolate=False)
+    layer = probe["maps.4"]
+    assert layer.fits
+    assert all(not v.startswith("differs") for v in layer.verdicts.values()), layer.verdicts
 
 
 @pytest.mark.parametrize("blocks", [3, 6])

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import math
+from fractions import Fraction
 
 import pytest
 import torch
+from torch import Tensor
 
 import deaddir_fast as dd
 from reading.functions import ONE, Function, read
@@ -71,3 +73,25 @@ def test_errors_name_the_argument() -> None:
                 call(bad)
     with pytest.raises(ValueError, match=r"^reference: "):
         found.sampled_estimate(reference="mean")
+
+
+@pytest.mark.parametrize(("p", "q"), [(2, 3), (3, 4)])
+def test_crossing_branches_have_no_confident_fluctuation(p: int, q: int) -> None:
+    """K = |a|²|b|² in p + q variables, turned: λ = min(p, q)/2 from one blow-up and the fibre.
+
+    ν depends on how the singular directions meet: it is not r/2.
+    """
+    draw = torch.Generator().manual_seed(0)
+    turn = torch.linalg.qr(torch.randn(p + q, p + q, dtype=torch.float64, generator=draw)).Q
+
+    def f(w: Tensor) -> Tensor:
+        v = turn @ w
+        return torch.outer(v[:p], v[p:]).flatten()
+
+    found = read(f, [0.0] * (p + q))
+    assert found.resolved
+    assert (found.rlct, found.multiplicity) == (Fraction(min(p, q), 2), 1)
+    assert found.fluctuation != found.fluctuation
+    assert found.fluctuation_verdict.startswith("unresolved")
+    with pytest.raises(ValueError, match="ν"):
+        found.quartet()

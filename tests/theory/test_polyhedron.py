@@ -65,14 +65,12 @@ def test_compact_faces_of_a_simplex() -> None:
     hull = Polyhedron.of([(2, 0, 0), (0, 3, 0), (0, 0, 5), (1, 1, 1)])
     assert [f.dimension for f in hull.compact_faces] == [2, 1, 1, 1, 0, 0, 0]
     assert [f.corners for f in hull.maximal_faces] == [frozenset({0, 1, 3})]
-    assert hull.convenient
     assert hull.normals[next(iter(hull.maximal_faces[0].rays))] == ((15, 10, 6), 30)
 
 
 def test_no_compact_edge() -> None:
     hull = Polyhedron.of([(1, 1, 1)])
     assert [f.dimension for f in hull.compact_faces] == [0]
-    assert not hull.convenient
 
 
 @pytest.mark.parametrize("seed", range(5))
