@@ -35,7 +35,7 @@ class CrossCheck:
 def cross_check(local: LocalModel, space: DeadSpace, max_order: int) -> CrossCheck:
     """Check the directions of a germ by the selection rule and by curvatures at a distance."""
     nothing = CrossCheck(float("nan"), (), None)
-    if space.germ is None:
+    if space.germ is None and space.lead is None:
         return nothing
     adapted = flag_basis(space)
     vectors = (space.rest if adapted is None else adapted[0]).T

@@ -34,7 +34,6 @@ from fractions import Fraction
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy.optimize import linprog
 
 from deaddir_fast.theory.blow_up import blow_up
 from deaddir_fast.theory.germ import Germ, monomials
@@ -42,6 +41,7 @@ from deaddir_fast.theory.linear_factors import factor_coordinates
 from deaddir_fast.theory.monomial import monomial_ideal
 from deaddir_fast.theory.newton import newton_bound, nondegenerate
 from deaddir_fast.theory.planar import planar_threshold
+from deaddir_fast.theory.polyhedron import Polyhedron
 from deaddir_fast.theory.sphere import smallest_on_sphere
 from deaddir_fast.theory.threshold import (
     LocalThreshold,
@@ -140,26 +140,6 @@ def graded(germ: Germ) -> LocalThreshold | None:
     return decided(value, 1, f"{name} ({shape})", rests_on_zeros=not all(moving))
 
 
-def compact_faces(support: Array) -> Array:
-    """Which support points lie on a compact face of the Newton polyhedron conv(support) + R^d_+.
-
-    A point lies on none exactly if it is a convex combination of others plus a non-zero
-    non-negative vector (then its monomial is negligible near 0).
-    """
-    points = np.asarray(support, dtype=float)
-    keep = np.zeros(len(points), dtype=bool)
-    for index, point in enumerate(points):
-        # max Σ e  s.t.  Σ a_j v_j + e = point, Σ a = 1, a, e >= 0: zero iff on a compact face.
-        cost = -np.concatenate([np.zeros(len(points)), np.ones(points.shape[1])])
-        equal = np.hstack([points.T, np.eye(points.shape[1])])
-        equal = np.vstack(
-            [equal, np.concatenate([np.ones(len(points)), np.zeros(points.shape[1])])]
-        )
-        found = linprog(cost, A_eq=equal, b_eq=np.append(point, 1.0), bounds=(0, None))
-        keep[index] = bool(found.success and -found.fun < 1e-9)
-    return keep
-
-
 def _monomial(germ: Germ) -> LocalThreshold | None:
     """The monomial rule in the given coordinates."""
     support, columns = germ.terms()
@@ -167,7 +147,8 @@ def _monomial(germ: Germ) -> LocalThreshold | None:
         return None
     if any(not any(e[i] for e in support) for i in range(germ.variables)):
         return None
-    keep = compact_faces(np.array(support))
+    # Terms that lie on no compact face are negligible near 0.
+    keep = Polyhedron.of(support).on_compact_faces(support)
     matrix = np.array(columns)[keep].T
     singular = np.linalg.svd(matrix, compute_uv=False)
     if matrix.shape[1] > matrix.shape[0] or singular[-1] < 1e-3 * singular[0]:

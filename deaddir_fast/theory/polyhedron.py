@@ -212,6 +212,19 @@ class Polyhedron:
             out.append(Face(corners, dimension, weight, rays))
         return tuple(sorted(out, key=lambda f: (-f.dimension, sorted(f.corners))))
 
+    def on_compact_faces(self, exponents: Sequence[Vector]) -> list[bool]:
+        """Which exponents, of those that span the polyhedron, lie on one of its compact faces.
+
+        Raises:
+            Undecided: as :attr:`compact_faces`.
+        """
+        on = [False] * len(exponents)
+        for face in self.maximal_faces:
+            levels = [_dot(v, face.weight) for v in exponents]
+            least = min(levels)
+            on = [o or level == least for o, level in zip(on, levels, strict=True)]
+        return on
+
     @property
     def maximal_faces(self) -> tuple[Face, ...]:
         """Compact faces that lie in no larger compact face."""

@@ -10,7 +10,8 @@ import pytest
 
 from deaddir_fast.theory import monomial_ideal
 from deaddir_fast.theory.germ import Germ, count, monomials
-from deaddir_fast.theory.local_rlct import compact_faces, local_threshold
+from deaddir_fast.theory.local_rlct import local_threshold
+from deaddir_fast.theory.polyhedron import Polyhedron
 
 Q = Fraction
 Terms = Mapping[tuple[int, ...], float]
@@ -157,5 +158,12 @@ def test_prior_exponent() -> None:
 
 
 def test_compact_faces() -> None:
-    support = np.array([(4, 0), (1, 1), (0, 4), (2, 2), (2, 1), (5, 0)])
-    assert compact_faces(support).tolist() == [True, True, True, False, False, False]
+    support = [(4, 0), (1, 1), (0, 4), (2, 2), (2, 1), (5, 0)]
+    assert Polyhedron.of(support).on_compact_faces(support) == [
+        True,
+        True,
+        True,
+        False,
+        False,
+        False,
+    ]
