@@ -2,6 +2,8 @@
 
 from deaddir_fast import gauge, ops, theory
 from deaddir_fast._backend import backend
+from deaddir_fast.fisher.factors import KronFactors, LayerFactors
+from deaddir_fast.fisher.kron import kron_factors
 from deaddir_fast.nets.likelihood import (
     Bernoulli,
     Categorical,
@@ -39,6 +41,8 @@ __all__ = [
     "DeadDirections",
     "FreezeProbe",
     "Gaussian",
+    "KronFactors",
+    "LayerFactors",
     "Likelihood",
     "Poisson",
     "PriorExponents",
@@ -55,6 +59,7 @@ __all__ = [
     "fit_rate",
     "freeze_probe",
     "gauge",
+    "kron_factors",
     "leading_scores",
     "ops",
     "prior_exponents",

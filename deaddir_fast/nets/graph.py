@@ -126,27 +126,42 @@ def _decompositions() -> dict[Any, Any]:
 
 
 def model_output(value: Any) -> Tensor:
-    """The output tensor of a model: a tensor, or the ``logits`` of a Hugging Face style output."""
+    """The output tensor of a model: a tensor, or that of a Hugging Face style output.
+
+    Of the latter ``logits``, or ``last_hidden_state`` where there are none.
+    """
     if isinstance(value, Tensor):
         return value
-    logits = value.get("logits") if isinstance(value, Mapping) else getattr(value, "logits", None)
-    if isinstance(logits, Tensor):
-        return logits
+    for key in ("logits", "last_hidden_state"):
+        found = value.get(key) if isinstance(value, Mapping) else getattr(value, key, None)
+        if isinstance(found, Tensor):
+            return found
     raise _check.fail(
-        "model", value, "a forward that returns a tensor or an output with `logits`", TypeError
+        "model",
+        value,
+        "a forward that returns a tensor or an output with `logits` or `last_hidden_state`",
+        TypeError,
     )
+
+
+def arguments(inputs: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """Positional and keyword arguments from a tensor, a tuple or a dict."""
+    if isinstance(inputs, Mapping):
+        return (), dict(inputs)
+    if isinstance(inputs, (tuple, list)):
+        return tuple(inputs), {}
+    return (inputs,), {}
+
+
+def call_plainly(model: nn.Module, inputs: Any) -> Tensor:
+    """Run ``model`` as it is; ``inputs`` is a tensor, a tuple or a dict."""
+    args, kwargs = arguments(inputs)
+    return model_output(model(*args, **kwargs))
 
 
 def call_model(model: nn.Module, parameters: Mapping[str, Tensor], inputs: Any) -> Tensor:
     """Run ``model`` with some parameters replaced; ``inputs`` is a tensor, a tuple or a dict."""
-    args: tuple[Any, ...] = ()
-    kwargs: dict[str, Any] = {}
-    if isinstance(inputs, Mapping):
-        kwargs = dict(inputs)
-    elif isinstance(inputs, (tuple, list)):
-        args = tuple(inputs)
-    else:
-        args = (inputs,)
+    args, kwargs = arguments(inputs)
     return model_output(functional_call(model, dict(parameters), args, kwargs))
 
 

@@ -1,0 +1,244 @@
+"""From streams of (a, g) to the sums Σ a aᵀ and Σ g gᵀ of every layer."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from deaddir_fast.fisher.accumulate import GramSum
+from deaddir_fast.fisher.factors import LayerFactors
+from deaddir_fast.nets.layers.base import Layer
+from deaddir_fast.nets.layers.embedding import Embedding
+from deaddir_fast.nets.survey import Survey
+
+#: A head of more outputs than this has no matrix G: its softmax form is used instead.
+LARGEST_HEAD = 8192
+
+
+class NotShared(RuntimeError):
+    """Two layers that received one tensor on the first samples do not on others."""
+
+
+@dataclass
+class _Sums:
+    a: list[GramSum]
+    g: list[GramSum]
+    counts: Tensor | None = None  # embeddings
+    diagonal: Tensor | None = None  # the head's G
+    rows: int = 0
+
+
+class Collector:
+    """Sums of all layers over the batches it is shown.
+
+    Callbacks for :class:`deaddir_fast.nets.streams.Streams`; call :meth:`begin` before a batch and
+    :meth:`end_pass` after each backward pass.
+
+    Args:
+        survey: the layers.
+        dtype: of the sums; None follows the rows (fp64 for fp64, else fp32).
+        kfac: "expand" (one row per token) or "reduce" (a averaged, g summed over tokens).
+        closed_head: whether the head's G is held as the diagonal given by :meth:`head_diagonal`.
+    """
+
+    def __init__(
+        self, survey: Survey, *, dtype: torch.dtype | None, kfac: str, closed_head: bool
+    ) -> None:
+        self.survey, self.dtype, self.kfac = survey, dtype, kfac
+        self.closed_head = survey.head if closed_head else None
+        self.samples = 0
+        self.notes: dict[str, None] = {}
+        self._sums: dict[str, _Sums] = {}
+        self._n = 0
+        self._mask: Tensor | None = None
+        self._scale = 1.0
+        self._inputs: dict[str, tuple[Tensor, int]] = {}
+        self._pending: dict[str, Tensor] = {}
+        self._averaged: dict[str, tuple[Tensor, int]] = {}
+
+    def begin(self, n: int, mask: Tensor | None, scale: float = 1.0) -> None:
+        """Start a batch of n samples.
+
+        Args:
+            n: number of samples.
+            mask: (n, t) which tokens count, or None for all.
+            scale: factor of every gradient (1/√draws).
+        """
+        self._n, self._mask, self._scale = n, mask, scale
+        self.samples += n
+        self._inputs.clear()
+
+    def _of(self, layer: Layer, like: Tensor) -> _Sums:
+        if layer.name not in self._sums:
+            wide = torch.float64 if like.dtype == torch.float64 else torch.float32
+            dtype = self.dtype or wide
+            a: list[GramSum] = []
+            if layer.form == "matrix" and layer.name not in self.survey.leaders:
+                a = [GramSum(layer.inputs, dtype, like.device) for _ in range(layer.groups)]
+            g: list[GramSum] = []
+            if layer.name != self.closed_head:
+                g = [GramSum(layer.outputs, dtype, like.device) for _ in range(layer.groups)]
+            self._sums[layer.name] = _Sums(a, g)
+        return self._sums[layer.name]
+
+    def _kept(self, layer: Layer, rows: Tensor) -> Tensor:
+        """(m, d): the rows that count, of (n, t, d)."""
+        if self._mask is not None:
+            keep = layer.keep(self._mask, rows)
+            if keep is not None:
+                return rows[keep]
+            if rows.shape[1] > 1 and layer.kind != "norm":
+                self.notes[
+                    f"{layer.name}: its rows do not match the mask; rows of padding are counted"
+                ] = None
+        return rows.flatten(0, 1)
+
+    def on_input(self, layer: Layer, x: Tensor) -> None:
+        """Take what a layer receives."""
+        n = self._n
+        if layer.form == "one":
+            return
+        if isinstance(layer, Embedding):
+            self._count(layer, x)
+            return
+        leader = self.survey.leaders.get(layer.name)
+        if leader is not None:
+            seen = self._inputs.get(leader)
+            if seen is None or seen[0] is not x or seen[1] != x._version:
+                raise NotShared(
+                    f"model: {layer.name} and {leader} received one tensor on the first samples "
+                    "but not on these; pass share_inputs=False"
+                )
+            return
+        self._inputs[layer.name] = (x, x._version)
+        if self.kfac == "reduce":
+            self._average(layer, x)
+            return
+        for piece in layer.pieces(x, n):
+            sums = self._of(layer, piece)
+            if layer.groups > 1:
+                # (n, t, groups, i): the groups have inputs of their own.
+                for k, total in enumerate(sums.a):
+                    total.add(self._kept(layer, piece[:, :, k]))
+                continue
+            sums.a[0].add(self._kept(layer, piece))
+
+    def _count(self, layer: Embedding, x: Tensor) -> None:
+        rows = layer.rows(x, self._n)[..., 0]
+        keep = None if self._mask is None else layer.keep(self._mask, rows.unsqueeze(-1))
+        dtype = next(layer.module.parameters()).dtype
+        sums = self._of(layer, torch.empty(0, dtype=dtype, device=x.device))
+        counts = layer.counts(rows, keep).to(torch.float64)
+        sums.counts = counts if sums.counts is None else sums.counts + counts
+        sums.rows += int(rows.numel() if keep is None else keep.sum())
+
+    def _average(self, layer: Layer, x: Tensor) -> None:
+        if layer.groups > 1 or layer.routed or layer.layout == "unknown":
+            raise ValueError(
+                f"kfac: 'reduce' needs rows that belong to samples, {layer.name} has none"
+            )
+        rows = layer.rows(x, self._n)
+        keep = None if self._mask is None else layer.keep(self._mask, rows)
+        if keep is None:
+            mean = rows.mean(1)
+        else:
+            weight = keep.to(rows.dtype)
+            mean = torch.einsum("nti,nt->ni", rows, weight)
+            mean = mean / weight.sum(1, keepdim=True).clamp_min(1)
+        calls = self.survey.calls.get(layer.name, 1)
+        total, seen = self._averaged.pop(layer.name, (torch.zeros_like(mean), 0))
+        total, seen = total + mean / calls, seen + 1
+        if seen < calls:
+            self._averaged[layer.name] = (total, seen)
+        else:
+            self._of(layer, total).a[0].add(total)
+
+    def on_gradient(self, layer: Layer, grad: Tensor, x: Tensor | None) -> None:
+        """Take the gradient of what a layer returns."""
+        if layer.name == self.closed_head:
+            return
+        g = layer.gradients(grad, self._n, x)
+        several = self.survey.calls.get(layer.name, 1) > 1
+        if layer.kind == "norm" or self.kfac == "reduce":
+            g = g.sum(1)
+            if several:
+                # Uses of one weight add up inside the square.
+                held = self._pending.get(layer.name)
+                self._pending[layer.name] = g if held is None else held + g
+                return
+            self._of(layer, g).g[0].add(g, self._scale)
+            return
+        sums = self._of(layer, g)
+        if layer.groups > 1:
+            for k, total in enumerate(sums.g):
+                total.add(self._kept(layer, g[:, :, k]), self._scale)
+            return
+        sums.g[0].add(self._kept(layer, g), self._scale)
+
+    def end_pass(self) -> None:
+        """A backward pass is over."""
+        for name, g in self._pending.items():
+            self._of(self.survey.layers[name], g).g[0].add(g, self._scale)
+        self._pending.clear()
+
+    def head_diagonal(self, z: Tensor, mask: Tensor | None) -> None:
+        """Add the diagonal of the softmax Fisher, Σ p (1 − p), of outputs (n, ..., c)."""
+        assert self.closed_head is not None
+        rows = z.detach().reshape(-1, z.shape[-1])
+        if mask is not None:
+            rows = rows[mask.reshape(-1)]
+        sums = self._of(self.survey.layers[self.closed_head], rows)
+        if sums.diagonal is None:
+            sums.diagonal = torch.zeros(z.shape[-1], dtype=torch.float64, device=z.device)
+        block = max(1, (1 << 24) // z.shape[-1])
+        for start in range(0, len(rows), block):
+            p = torch.softmax(rows[start : start + block].float(), -1)
+            sums.diagonal += (p - p.square()).sum(0, dtype=torch.float32)
+
+    def result(self) -> dict[str, LayerFactors]:
+        """Factors of every layer that was used."""
+        layers: dict[str, LayerFactors] = {}
+        for name, layer in self.survey.layers.items():
+            sums = self._sums.get(name)
+            if sums is None:
+                if layer.name in self.survey.leaders or self.survey.calls.get(name):
+                    continue
+                self.notes[f"{name}: not used by any of the inputs"] = None
+                continue
+            for total in (*sums.a, *sums.g):
+                total.release()
+            layers[name] = self._factors(layer, sums, layers)
+        return layers
+
+    def _factors(
+        self, layer: Layer, sums: _Sums, before: dict[str, LayerFactors]
+    ) -> LayerFactors:
+        leader = self.survey.leaders.get(layer.name)
+        rows, empty = sums.rows, torch.zeros(0, dtype=torch.float64)
+        if leader is not None:
+            a, ones, rows = before[leader].A_sum, before[leader].A_ones, before[leader].rows
+        elif sums.counts is not None:
+            a, ones = sums.counts, empty
+        elif layer.form == "one":
+            a, ones, rows = empty, empty, self.samples
+        else:
+            rows = sums.a[0].count
+            a, ones = _stack([t.packed for t in sums.a]), _stack([t.sums for t in sums.a])
+        if sums.diagonal is not None:
+            g, form = sums.diagonal, "diagonal"
+        else:
+            g, form = _stack([t.packed for t in sums.g]), "matrix"
+        for what, total in (("inputs", a), ("gradients", g)):
+            if not bool(torch.isfinite(total).all()):
+                self.notes[f"{layer.name}: its {what} are not all finite"] = None
+        return LayerFactors(
+            layer.name, layer.kind, layer.weight, layer.bias, layer.form, form,
+            layer.inputs, layer.outputs, layer.groups, a, ones, g, rows, self.samples, leader,
+        )  # fmt: skip
+
+
+def _stack(parts: list[Any]) -> Tensor:
+    return parts[0] if len(parts) == 1 else torch.stack(parts)

@@ -1,0 +1,100 @@
+"""Which modules are layers: one builder per family, found by type or by what a module looks like."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+from torch import nn
+
+from deaddir_fast.nets.layers.base import Adapter
+
+#: build(name of the module, module, names of its parameters) -> adapter
+Build = Callable[[str, nn.Module, Mapping[str, str]], Adapter]
+
+
+class Unsupported(Exception):
+    """A module that looks like a layer but is not computed as one; says why."""
+
+
+_BY_TYPE: dict[type[nn.Module], Build] = {}
+_BY_LOOK: list[tuple[Callable[[nn.Module], bool], Build]] = []
+
+
+def register(*types: type[nn.Module]) -> Callable[[Build], Build]:
+    """Decorator: this builder makes adapters for these types and their subclasses."""
+
+    def decorate(build: Build) -> Build:
+        for kind in types:
+            _BY_TYPE[kind] = build
+        return build
+
+    return decorate
+
+
+def register_look(looks: Callable[[nn.Module], bool]) -> Callable[[Build], Build]:
+    """Decorator: this builder makes adapters for modules of which ``looks`` is true."""
+
+    def decorate(build: Build) -> Build:
+        _BY_LOOK.append((looks, build))
+        return build
+
+    return decorate
+
+
+def _builder(module: nn.Module) -> Build | None:
+    for kind in type(module).__mro__:
+        if kind in _BY_TYPE:
+            return _BY_TYPE[kind]
+    return next((build for looks, build in _BY_LOOK if looks(module)), None)
+
+
+@dataclass(frozen=True)
+class Skipped:
+    """Parameters no layer stands for.
+
+    Attributes:
+        name, type: of the module that holds them.
+        parameters: how many numbers.
+        why: the reason, a phrase.
+    """
+
+    name: str
+    type: str
+    parameters: int
+    why: str
+
+
+def adapters(model: nn.Module) -> tuple[dict[str, Adapter], list[Skipped]]:
+    """Adapters of all modules of a model, and the modules with parameters that have none.
+
+    Returns:
+        {module name: adapter} in the order of ``named_modules``, and what is left out. A module
+        that occurs several times is named once; a parameter that two modules hold has one name.
+    """
+    canonical = {id(p): name for name, p in model.named_parameters()}
+    found: dict[str, Adapter] = {}
+    skipped: list[Skipped] = []
+    inside: set[nn.Module] = set()
+    for name, module in model.named_modules():
+        if module in inside:
+            continue
+        own = {
+            key: canonical[id(p)]
+            for key, p in module.named_parameters(remove_duplicate=False)
+            if id(p) in canonical
+        }
+        direct = [p for p in module.parameters(recurse=False)]
+        build = _builder(module)
+        why = "no rule for this type"
+        if build is not None and own:
+            try:
+                found[name] = build(name, module, own)
+                inside.update(module.modules())
+                continue
+            except Unsupported as reason:
+                why = str(reason)
+        if direct:
+            count = sum(p.numel() for p in direct)
+            skipped.append(Skipped(name or "(model)", type(module).__name__, count, why))
+    return found, skipped
