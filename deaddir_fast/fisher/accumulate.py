@@ -29,7 +29,9 @@ class GramSum:
         count: number of rows so far, those held back included.
     """
 
-    def __init__(self, width: int, dtype: torch.dtype, device: torch.device, held: int = ROWS) -> None:
+    def __init__(
+        self, width: int, dtype: torch.dtype, device: torch.device, held: int = ROWS
+    ) -> None:
         self.width = width
         self.packed = torch.zeros(entries(width), dtype=dtype, device=device)
         self.sums = torch.zeros(width, dtype=torch.float64, device=device)

@@ -213,9 +213,7 @@ class Collector:
             layers[name] = self._factors(layer, sums, layers)
         return layers
 
-    def _factors(
-        self, layer: Layer, sums: _Sums, before: dict[str, LayerFactors]
-    ) -> LayerFactors:
+    def _factors(self, layer: Layer, sums: _Sums, before: dict[str, LayerFactors]) -> LayerFactors:
         leader = self.survey.leaders.get(layer.name)
         rows, empty = sums.rows, torch.zeros(0, dtype=torch.float64)
         if leader is not None:

@@ -142,7 +142,6 @@ class Pass:
             self.streams.backward(z, held)
             collector.end_pass()
 
-
     def _lay_out(self, batch: Batch) -> None:
         """Find the layouts that one sample could not tell."""
         layers = self.streams.survey.layers

@@ -131,7 +131,9 @@ class _Look:
             again = layer.recompute(x)
             eps = torch.finfo(z.dtype).eps
             if again.shape != z.shape or not bool(
-                torch.isclose(again, z, rtol=0, atol=256 * eps * float(z.abs().max()) + 1e-30, equal_nan=True).all()
+                torch.isclose(
+                    again, z, rtol=0, atol=256 * eps * float(z.abs().max()) + 1e-30, equal_nan=True
+                ).all()
             ):
                 self.wrong[layer.name] = "its output is not the linear map of its input"
         return z
