@@ -128,7 +128,7 @@ class Pass:
             self._lay_out(batch)
         collector.begin(batch.n, batch.mask, s.draws**-0.5 if s.fisher == "mc" else 1.0)
         z = self.streams.forward(batch.inputs, batch.n)
-        mask = _output_mask(z, batch, s.likelihood)
+        mask = output_mask(z, batch, s.likelihood)
         if collector.closed_head is not None:
             collector.head_diagonal(z, mask)
         passes = list_of_seeds(z, batch, mask, first, s)
@@ -159,7 +159,7 @@ def _alone(found: Survey) -> Survey:
     return replace(found, leaders={})
 
 
-def _output_mask(z: Tensor, batch: Batch, likelihood: likelihoods.Likelihood) -> Tensor | None:
+def output_mask(z: Tensor, batch: Batch, likelihood: likelihoods.Likelihood) -> Tensor | None:
     """(n, t) which output positions count."""
     if z.ndim < 2 or z.shape[0] != batch.n:
         raise _check.fail(

@@ -37,6 +37,7 @@ class Survey:
         adapters: the modules to tap.
         layers: {name: layer} in the order in which they are first computed.
         leaders: {layer: earlier layer} where both receive the very same tensor.
+        fed_by: {layer: norm} where a layer receives the very tensor a norm returned.
         tied: {layer: earlier layer} where both use the same weight.
         head: name of the layer whose output is the model's output, or None.
         calls: how often each layer was used for one pass.
@@ -48,6 +49,7 @@ class Survey:
     adapters: tuple[Adapter, ...]
     layers: dict[str, Layer]
     leaders: dict[str, str]
+    fed_by: dict[str, str]
     tied: dict[str, str]
     head: str | None
     calls: dict[str, int]
@@ -111,6 +113,8 @@ class _Look:
     check: bool
     seen: dict[str, _Seen] = field(default_factory=dict)
     leaders: dict[str, str] = field(default_factory=dict)
+    fed_by: dict[str, str] = field(default_factory=dict)
+    normed: list[tuple[str, Tensor, int]] = field(default_factory=list)
     wrong: dict[str, str] = field(default_factory=dict)
     outputs: dict[str, Tensor] = field(default_factory=dict)
     last: list[tuple[str, Tensor, int]] = field(default_factory=list)
@@ -119,12 +123,18 @@ class _Look:
         if layer.name in self.seen:
             self.seen[layer.name].calls += 1
             self.leaders.pop(layer.name, None)
+            self.fed_by.pop(layer.name, None)
             return z
         for name, tensor, version in self.last:
             if tensor is x and x._version == version and layer.form == "matrix":
                 self.leaders[layer.name] = name
         if layer.form == "matrix" and layer.name not in self.leaders:
             self.last = [*self.last[-3:], (layer.name, x, x._version)]
+        for name, tensor, version in self.normed:
+            if tensor is x and x._version == version:
+                self.fed_by[layer.name] = name
+        if layer.kind == "norm":
+            self.normed.append((layer.name, z, z._version))
         self.seen[layer.name] = _Seen(len(self.seen), tuple(x.shape), _prints(x, self.n))
         self.outputs = {layer.name: z}
         if self.check:
@@ -219,6 +229,7 @@ def survey(
         tuple(a for a in found.values() if any(layer.name in kept for layer in a.layers)),
         {name: everything[name] for name in ordered},
         _usable(first.leaders, everything, kept),
+        {k: v for k, v in first.fed_by.items() if k in kept},
         tied,
         head if head in kept else None,
         {name: first.seen[name].calls if name in first.seen else 0 for name in ordered},

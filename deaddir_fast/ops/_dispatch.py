@@ -85,26 +85,40 @@ def call(name: str, *args: Any) -> Any:
     return launch(name, *args)
 
 
-def launch(name: str, *args: Any) -> Any:
-    """Run an operation on the route in force, or on the best one that can take the arguments."""
+def chosen_route(name: str, *args: Any) -> str:
+    """The route :func:`launch` would take: "reference", "cpu" or "triton"."""
+    kernel = _chosen(name, args)
+    return "reference" if kernel is None else kernel.route
+
+
+def _chosen(name: str, args: tuple[Any, ...]) -> Kernel | None:
     op = OPS[name]
     route = current()
-    if route != "reference" and op.kernels and all(_plain(t) for t in args):
-        for kernel in op.kernels:
-            if route == "auto":
-                if (
-                    kernel.problem(*args) is None
-                    and kernel.worthwhile(*args)
-                    and unavailable(kernel.route) is None
-                ):
-                    return kernel.run(*args)
-            elif route == kernel.route:
-                problem = unavailable(route) or kernel.problem(*args)
-                if problem is not None:
-                    raise RuntimeError(f"{name}: backend {route!r} is forced, but {problem}")
-                return kernel.run(*args)
+    if route == "reference" or not op.kernels or not all(_plain(t) for t in args):
+        return None
+    for kernel in op.kernels:
+        if route == "auto":
+            if (
+                kernel.problem(*args) is None
+                and kernel.worthwhile(*args)
+                and unavailable(kernel.route) is None
+            ):
+                return kernel
+        elif route == kernel.route:
+            problem = unavailable(route) or kernel.problem(*args)
+            if problem is not None:
+                raise RuntimeError(f"{name}: backend {route!r} is forced, but {problem}")
+            return kernel
+    return None
+
+
+def launch(name: str, *args: Any) -> Any:
+    """Run an operation on the route in force, or on the best one that can take the arguments."""
+    kernel = _chosen(name, args)
+    if kernel is not None:
+        return kernel.run(*args)
     with _full_precision(args):
-        return op.reference(*args)
+        return OPS[name].reference(*args)
 
 
 def _plain(value: Any) -> bool:

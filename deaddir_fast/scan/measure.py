@@ -1,0 +1,213 @@
+"""Rays along a layer's candidates: curvature, order, and what they come to."""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from deaddir_fast.nets.graph import arguments, model_output
+from deaddir_fast.nets.layers.base import Layer
+from deaddir_fast.nets.likelihood import Likelihood
+from deaddir_fast.nets.rays import RayCurvature, ray_curvature
+from deaddir_fast.ops.kron_quadratic import kron_quadratic
+from deaddir_fast.scan.candidates import Candidate, to_parameters
+from deaddir_fast.theory.rate import RateFit, fit_rate
+
+#: Divergence along a ray, relative to that along a live direction, below which it is rounding of
+#: the null space: a flat direction read off activations of precision ε is off by an angle of c ε.
+FLAT = 256.0
+
+
+class Readout(nn.Module):
+    """A model whose outputs at padded tokens do not move.
+
+    Its parameters are those of ``model`` with the prefix "model.".
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, *args: Any, **kwargs: Any) -> Tensor:
+        """Outputs (n, ..., c), zero where the attention mask is."""
+        z = model_output(self.model(*args, **kwargs))
+        mask = kwargs.get("attention_mask")
+        if not isinstance(mask, Tensor) or mask.ndim != 2 or z.ndim != 3:
+            return z
+        if tuple(mask.shape) != tuple(z.shape[:2]):
+            return z
+        return z * mask.unsqueeze(-1).to(z.dtype)
+
+
+def reading_copy(model: nn.Module, largest: int) -> tuple[Readout, torch.dtype]:
+    """A copy for readings: fp64 up to ``largest`` parameters, above that fp32."""
+    size = sum(p.numel() for p in model.parameters())
+    dtype = torch.float64 if size <= largest else torch.float32
+    twin = copy.deepcopy(model).to(dtype).eval().requires_grad_(False)
+    config = getattr(twin, "config", None)
+    if getattr(config, "use_cache", None):
+        config.use_cache = False  # type: ignore[union-attr]
+    return Readout(twin).eval(), dtype
+
+
+def cast(inputs: Any, dtype: torch.dtype) -> Any:
+    """Floating-point inputs in the precision of the readings; labels left out."""
+    args, kwargs = arguments(inputs)
+    kwargs.pop("labels", None)
+
+    def one(x: Any) -> Any:
+        return x.to(dtype) if isinstance(x, Tensor) and x.is_floating_point() else x
+
+    if kwargs:
+        return {k: one(v) for k, v in kwargs.items()}
+    return tuple(one(x) for x in args)
+
+
+def measure(
+    readout: Readout,
+    inputs: Any,
+    layer: Layer,
+    chosen: Sequence[Candidate],
+    radii: Tensor,
+    likelihood: Likelihood,
+    *,
+    eps: float,
+    factors: tuple[Tensor, Tensor],
+) -> list[dict[str, Any]]:
+    """Readings of one layer's candidates, the last of which is live.
+
+    Args:
+        readout: the model, in the precision of the readings.
+        inputs: the samples rays are read on.
+        layer: of the original model; its parameter names are used.
+        chosen: candidates.
+        radii: positive, ascending.
+        likelihood: of the outputs.
+        eps: precision the null spaces were read in.
+        factors: A and G.
+
+    Returns:
+        One entry of the report for each, in order.
+    """
+    state = {k.removeprefix("model."): v for k, v in readout.named_parameters()}
+    dtype = next(iter(state.values())).dtype
+    u = torch.stack([c.u for c in chosen]).to(dtype)
+    directions = {f"model.{k}": v for k, v in to_parameters(layer, u, state).items()}
+    grid = torch.cat([radii.new_zeros(1), radii])
+    rays = ray_curvature(readout, inputs, directions, grid, likelihood=likelihood)
+    quadratic = _kfac(factors, torch.stack([c.u for c in chosen]))
+    live = rays.kl[-1, 1:]
+    return [
+        _entry(c, rays, k, live, float(quadratic[k]), eps) for k, c in enumerate(chosen)
+    ]
+
+
+def _kfac(factors: tuple[Tensor, Tensor], u: Tensor) -> Tensor:
+    a, g = (f.to("cpu", torch.float64) for f in factors)
+    if a.ndim == 2 and g.ndim == 2:
+        return kron_quadratic(a, g, u)
+    right = u @ a if a.ndim == 2 else u * a
+    left = g @ u if g.ndim == 2 else g[:, None] * u
+    return (left * right).sum((1, 2))
+
+
+def _entry(
+    c: Candidate, rays: RayCurvature, k: int, live: Tensor, kfac: float, eps: float
+) -> dict[str, Any]:
+    radii, fisher, kl = rays.radii[1:], rays.fisher[k, 1:], rays.kl[k, 1:]
+    order, interval, verdict = _order(c, radii, fisher, kl, live, eps)
+    kind = _kind(c, order, verdict)
+    return {
+        "label": c.label,
+        "class": kind,
+        "gauge": c.label if kind == "gauge" else None,
+        "part": c.part,
+        "kfac": kfac,
+        "curvature": float(rays.fisher[k, 0]),
+        "stderr": float(rays.stderr[k, 0]),
+        "radii": radii.tolist(),
+        "fisher": fisher.tolist(),
+        "fisher_stderr": rays.stderr[k, 1:].tolist(),
+        "kl": kl.tolist(),
+        "order": order,
+        "interval": interval,
+        "jet": None,
+        "predicted": c.predicted,
+        "contribution": None if order is None or kind == "unresolved" else 1 / (2 * order),
+        "verdict": verdict,
+        "why": c.why,
+    }
+
+
+def _order(
+    c: Candidate, radii: Tensor, fisher: Tensor, kl: Tensor, live: Tensor, eps: float
+) -> tuple[float | None, list[float] | None, str]:
+    if not bool(torch.isfinite(kl).all()):
+        return None, None, "unresolved: the divergence is not finite along the ray"
+    if c.part in ("inputs", "outputs"):
+        ratio = float((kl / live.clamp_min(1e-300)).max())
+        floor = (FLAT * eps) ** 2
+        if ratio <= floor:
+            return math.inf, None, "flat"
+        if c.part == "inputs" and ratio > 1e4 * floor:
+            return None, None, (
+                f"unresolved: it was to be flat, but the divergence reaches {ratio:.1g} of that "
+                "along a live direction"
+            )
+        if ratio <= 1e3 * floor:
+            return None, None, (
+                f"unresolved: the divergence reaches {ratio:.1g} of that along a live direction, "
+                "close to rounding of the null space"
+            )
+    fit: RateFit = fit_rate(radii, fisher, kl=kl)
+    if not fit.resolved:
+        return None, None, fit.verdict
+    low, high = fit.order_interval
+    return float(fit.order), [float(low), float(high)], "resolved"
+
+
+def _kind(c: Candidate, order: float | None, verdict: str) -> str:
+    if c.part == "live":
+        return "live"
+    if order is None:
+        return "unresolved"
+    if math.isinf(order):
+        if c.label == "shift of all classes":
+            return "gauge"
+        return "algebraic" if c.always else "data"
+    return "singular" if order > 1.5 else "live"
+
+
+def joint_flatness(
+    readout: Readout,
+    inputs: Any,
+    parts: Mapping[str, tuple[Layer, Tensor]],
+    radii: Tensor,
+    likelihood: Likelihood,
+    live: float,
+    eps: float,
+) -> tuple[bool, float]:
+    """Whether all flat parts together are flat: a generic direction over all layers.
+
+    Args:
+        parts: {layer: (layer, u (o, width))} generic directions of the flat subspaces.
+        live: divergence along a live direction at the largest radius.
+
+    Returns:
+        (flat, divergence at the largest radius over that along a live direction).
+    """
+    state = {k.removeprefix("model."): v for k, v in readout.named_parameters()}
+    dtype = next(iter(state.values())).dtype
+    directions: dict[str, Tensor] = {}
+    for layer, u in parts.values():
+        for name, value in to_parameters(layer, u[None].to(dtype), state).items():
+            key = f"model.{name}"
+            directions[key] = directions[key] + value if key in directions else value
+    rays = ray_curvature(readout, inputs, directions, radii, likelihood=likelihood)
+    worst = float((rays.kl[0] / max(live, 1e-300)).max())
+    return worst <= (FLAT * eps) ** 2 * max(1, len(parts)), worst

@@ -1,0 +1,592 @@
+"""``dd.scan``: every layer of a model, read and written down."""
+
+from __future__ import annotations
+
+import math
+import platform
+import time
+import warnings
+from collections.abc import Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, replace
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from deaddir_fast import _check
+from deaddir_fast.fisher.collect import LARGEST_HEAD
+from deaddir_fast.fisher.factors import KronFactors, LayerFactors
+from deaddir_fast.fisher.kron import MOST_PASSES, Settings, check_settings, describe
+from deaddir_fast.nets import likelihood as likelihoods
+from deaddir_fast.nets import seeds
+from deaddir_fast.nets.graph import batch_size, call_plainly, slice_batch
+from deaddir_fast.nets.rays import check_radii
+from deaddir_fast.nets.survey import Survey, survey
+from deaddir_fast.ops.gram_packed import entries
+from deaddir_fast.scan.batches import Batches
+from deaddir_fast.scan.candidates import Candidate, candidates, kernel_of_norm
+from deaddir_fast.scan.factors import FactorStage, out_of_memory
+from deaddir_fast.scan.measure import Readout, cast, joint_flatness, measure, reading_copy
+from deaddir_fast.scan.nulls import Null, split_nulls
+from deaddir_fast.scan.plan import Plan, plan, triangles
+from deaddir_fast.scan.report import to_json
+from deaddir_fast.scan.scan_report import ScanReport
+from deaddir_fast.scan.spectra import Spectrum, one, rounding, spectrum
+from deaddir_fast.scan.store import Store
+from deaddir_fast.scan.synthetic import made_up_like
+
+SCHEMA = 1
+#: Sums are held in fp64, where dead directions read 1e-10 and not 1e-7, up to this many bytes.
+FP64_SUMS = 4 << 30
+#: Models up to this many parameters are read in fp64, and searched for symmetries.
+READ_IN_FP64 = 200_000_000
+GAUGES_UP_TO = 2_000_000
+#: Eigenvalues of larger factors are not computed by default.
+LARGEST_SPECTRUM = {"cpu": 4096, "cuda": 16384}
+
+
+@dataclass(frozen=True)
+class _Options:
+    directions: int
+    radii: Tensor
+    ray_samples: int
+    shards: int
+    largest_spectrum: int
+    gauges: bool
+
+
+def scan(
+    model: nn.Module,
+    batches: Any,
+    *,
+    out: str | Path,
+    likelihood: str | likelihoods.Likelihood = "categorical",
+    fisher: str = "mc",
+    layers: Sequence[str] | None = None,
+    directions_per_layer: int = 3,
+    radii: Any = None,
+    draws: int = 1,
+    seed: int = 0,
+    ray_samples: int = 8,
+    shards: int | None = None,
+    sums: torch.dtype | None = None,
+    largest_spectrum: int | None = None,
+    gauges: bool | None = None,
+    strict: bool = False,
+    resume: bool = True,
+    progress: bool | None = None,
+    source: str | None = None,
+    fingerprint: str | None = None,
+) -> ScanReport:
+    """Read every layer of a model: spectra of A and G, dead directions, rays, a bound on λ.
+
+    Factors are summed shard by shard. The null space of each factor is split by made-up inputs
+    into what the architecture implies and what these data leave open; generic directions of both,
+    the kernel γ⁻¹ of a LayerNorm in front, a shift of all classes, and the smallest positive pair
+    get rays of exact Fisher curvature, whose rates are fitted. Everything is written to ``out`` as
+    it is found; the same call goes on after a crash and loses at most one shard.
+
+    Args:
+        model: a module in evaluation mode.
+        batches: as for ``kron_factors``; a sequence, or an object with ``__len__`` and
+            ``batch(i)``, is not copied.
+        out: folder of the scan.
+        likelihood, fisher, layers, draws, seed, strict: as for ``kron_factors``.
+        directions_per_layer: rays in each layer, besides one live direction to compare with; 0
+            for none.
+        radii: positive radii of the rays, by default ten from 1e-3 to 0.3.
+        ray_samples: samples the rays are read on.
+        shards: parts after each of which the sums are saved, by default up to 8.
+        sums: dtype of the sums, by default fp64 where they take less than 4 GB.
+        largest_spectrum: dimension above which eigenvalues are not computed.
+        gauges: whether to search the whole model for symmetries; by default up to two million
+            parameters.
+        resume: go on with a scan of the same model, data and settings in ``out``; if False, an
+            old scan there is removed.
+        progress: progress bars on stderr; by default on a terminal only.
+        source, fingerprint: what the report calls the model, and what identifies its weights.
+
+    Returns:
+        The report, also in ``out`` as report.json, spectra.safetensors and report.html.
+
+    Raises:
+        TypeError, ValueError: naming the argument that is wrong, or a folder that holds another
+            scan.
+        OSError: ``out`` cannot be written; what is there stays valid.
+    """
+    if not isinstance(model, nn.Module):
+        raise _check.fail("model", model, "a torch.nn.Module", TypeError)
+    data = Batches(batches, _check.choice("fisher", fisher, ("exact", "mc", "empirical")))
+    device = next((p.device for p in model.parameters()), torch.device("cpu"))
+    options = _Options(
+        _check.integer("directions_per_layer", directions_per_layer, 0),
+        _radii(radii),
+        _check.integer("ray_samples", ray_samples, 1),
+        _check.integer("shards", 8 if shards is None else shards, 1),
+        _check.integer(
+            "largest_spectrum",
+            LARGEST_SPECTRUM.get(device.type, 4096) if largest_spectrum is None else largest_spectrum,
+            1,
+        ),
+        sum(p.numel() for p in model.parameters()) <= GAUGES_UP_TO if gauges is None else gauges,
+    )
+    with warnings.catch_warnings():
+        # What is skipped stands in the report.
+        if not strict:
+            warnings.simplefilter("ignore", UserWarning)
+        found = survey(model, data[0].inputs, layers=layers, strict=strict)
+    if not found.layers:
+        raise ValueError("model: none of its modules is a layer that factors are known for")
+    if sums is None:
+        size = sum(
+            8 * x.groups * (entries(x.inputs) * (x.form == "matrix") + entries(x.outputs))
+            for x in found.layers.values()
+        )
+        sums = torch.float64 if size <= FP64_SUMS else torch.float32
+    settings = check_settings(
+        likelihood, fisher, "expand", draws, seed, sums, True, LARGEST_HEAD, MOST_PASSES
+    )
+    work = _Scan(model, data, Path(out), found, settings, options, device, progress)
+    work.source = source or type(model).__name__
+    work.fingerprint = fingerprint
+    return work.run(resume)
+
+
+def _radii(radii: Any) -> Tensor:
+    if radii is None:
+        return torch.logspace(-3, math.log10(0.3), 10, dtype=torch.float64)
+    values = check_radii(radii)
+    if not bool((values > 0).all()):
+        raise _check.fail("radii", radii, "positive numbers")
+    return values.sort().values
+
+
+class _Scan:
+    """One call of :func:`scan`."""
+
+    source = ""
+    fingerprint: str | None = None
+    symmetries: Sequence[Any] = ()
+
+    def __init__(
+        self,
+        model: nn.Module,
+        data: Batches,
+        out: Path,
+        found: Survey,
+        settings: Settings,
+        options: _Options,
+        device: torch.device,
+        progress: bool | None,
+    ) -> None:
+        self.model, self.data, self.out, self.survey = model, data, out, found
+        self.settings, self.options, self.device = settings, options, device
+        self.progress = progress
+        self.dtype = next(p.dtype for p in model.parameters() if p.is_floating_point())
+        self.seconds: dict[str, float] = {}
+        self.notes: list[str] = []
+        self.head = self._head()
+
+    def _head(self) -> str | None:
+        categorical = isinstance(self.settings.likelihood, likelihoods.Categorical)
+        return self.survey.head if categorical else None
+
+    @property
+    def closed_head(self) -> str | None:
+        """The head whose G is not formed."""
+        head = self.head
+        if head is None or self.survey.layers[head].outputs <= self.settings.largest_head:
+            return None
+        return head
+
+    def identity(self) -> dict[str, Any]:
+        """What a scan on disk must agree with to be gone on with."""
+        from deaddir_fast.scan.load_model import fingerprint
+
+        if self.fingerprint is None:
+            self.fingerprint = fingerprint(self.model)
+        o = self.options
+        return {
+            "model": self.fingerprint,
+            "data": self.data.fingerprint,
+            **{k: v for k, v in describe(self.settings).items() if k != "versions"},
+            "layers": list(self.survey.layers),
+            "directions_per_layer": o.directions,
+            "radii": o.radii.tolist(),
+            "ray_samples": o.ray_samples,
+            "shards": len(self.data.shards(o.shards)),
+            "largest_spectrum": o.largest_spectrum,
+            "gauges": o.gauges,
+        }
+
+    def plan(self) -> Plan:
+        """Costs of the factors."""
+        passes = self.settings.draws if self.settings.fisher == "mc" else 1
+        if self.settings.fisher == "exact":
+            with torch.no_grad():
+                z = call_plainly(self.model, slice_batch(self.data[0].inputs, 0, 1))
+            passes = seeds.exact_count(z, self.settings.likelihood)
+        self.passes = passes
+        return plan(
+            self.survey,
+            self.data.tokens,
+            self.data.samples,
+            dtype=self.dtype,
+            sums=self.settings.dtype or torch.float32,
+            device=self.device,
+            passes=passes,
+            closed_head=self.closed_head,
+            batch_samples=max(self.data.sizes),
+        )
+
+    @contextmanager
+    def _stage(self, name: str) -> Any:
+        start = time.perf_counter()
+        yield
+        self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - start
+
+    def run(self, resume: bool) -> ScanReport:
+        """All stages."""
+        from deaddir_fast.scan.progress import stages
+
+        costs = self.plan()
+        store = Store(self.out, self.identity(), resume=resume)
+        store.space_for(costs.disk)
+        if self.device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(self.device)
+        with stages(self.progress) as bars:
+            with self._stage("factors"):
+                stage = FactorStage(self.model, self.survey, self.settings, self.data, store)
+                shards = self.data.shards(self.options.shards)
+                factors = stage.run(shards, bars.task("factors", len(self.data)))
+            if stage.halved:
+                self.notes.append(
+                    f"memory ran out {stage.halved} times: passes of {stage.chunk} samples"
+                )
+            self.notes += factors.notes
+            names = [n for n in self.survey.layers if n in factors]
+            with self._stage("spectra"):
+                spectra = self._spectra(factors, bars.task("spectra", len(names)))
+            with self._stage("made-up inputs"):
+                nulls = self.nulls_found = self._nulls(spectra)
+            with self._stage("gauges"):
+                gauges = self._gauges()
+            with self._stage("rays"):
+                readings = self._layers(
+                    factors, spectra, nulls, store, bars.task("rays", len(names))
+                )
+                bound = self._bound(spectra, nulls, readings, gauges)
+        report = self._report(factors, spectra, readings, gauges, bound, costs, stage)
+        return self._write(store, report, spectra)
+
+    # ------------------------------------------------------------------------------ the stages
+
+    def _spectra(self, factors: KronFactors, advance: Any) -> dict[str, tuple[Spectrum, Spectrum]]:
+        found: dict[str, tuple[Spectrum, Spectrum]] = {}
+        sums = self.settings.dtype or torch.float32
+        for name, f in factors.items():
+            layer = self.survey.layers[name]
+            leader = f.shares_inputs_with
+            if f.form == "one":
+                a = one()
+            elif leader is not None and self.survey.layers[leader].width == layer.width:
+                a = found[leader][0]
+            else:
+                a = self._one_spectrum(f, "A", sums)
+            found[name] = (a, self._one_spectrum(f, "G", sums))
+            advance(1)
+        return found
+
+    def _one_spectrum(self, f: LayerFactors, which: str, sums: torch.dtype) -> Spectrum:
+        layer = self.survey.layers[f.name]
+        width = layer.width if which == "A" else layer.outputs
+        if which == "A":
+            limit, form = f.rows, f.form
+        else:
+            rows = f.samples if layer.kind == "norm" else f.rows
+            limit, form = rows * self.passes, f.output_form
+        if form == "matrix" and width > self.options.largest_spectrum:
+            return Spectrum.skipped(width, limit)
+        matrix = (f.A if which == "A" else f.G).to(self.device)
+        relative = rounding(self.dtype, sums, width)
+        try:
+            return spectrum(
+                matrix, relative=relative, limit=limit * layer.groups, form=form
+            )
+        except Exception as error:
+            if not out_of_memory(error):
+                raise
+        return spectrum(matrix.cpu(), relative=relative, limit=limit * layer.groups, form=form)
+
+    def _nulls(
+        self, spectra: dict[str, tuple[Spectrum, Spectrum]]
+    ) -> dict[str, tuple[Null, Null]]:
+        generator = torch.Generator().manual_seed(self.settings.seed)
+        most = max(1, min(len(self.data), 4))
+        made_up = [
+            made_up_like(self.data[i].inputs, self.survey, generator) for i in range(most)
+        ]
+        once = replace(self.settings, fisher="mc", draws=1)
+        return split_nulls(self.model, self.survey, spectra, made_up, once)
+
+    def _gauges(self) -> list[dict[str, Any]]:
+        if not self.options.gauges:
+            self.notes.append("the model was not searched for symmetries that span layers")
+            return []
+        from deaddir_fast.gauge import find
+
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            try:
+                twin, dtype = reading_copy(self.model, READ_IN_FP64)
+                inputs = cast(slice_batch(self.data[0].inputs, 0, 16), dtype)
+                self.symmetries = find(twin.model, inputs)
+            except Exception as error:
+                self.notes.append(f"the search for symmetries failed: {error}")
+                return []
+        kept = [
+            g for g in self.symmetries
+            if g.likelihood is None or g.likelihood == self.settings.likelihood.name
+        ]  # fmt: skip
+        self.symmetries = kept
+        return [
+            {
+                "name": g.name,
+                "group": g.group,
+                "dimension": g.dimension,
+                "parameters": list(g.parameters),
+            }
+            for g in kept
+        ]
+
+    def _kernel(self, name: str) -> tuple[str, Tensor] | None:
+        norm = self.survey.fed_by.get(name)
+        layer = self.survey.layers[name]
+        if norm is None or layer.form != "matrix" or layer.groups > 1:
+            return None
+        module = dict(self.model.named_modules()).get(norm)
+        if not isinstance(module, nn.LayerNorm) or module.weight is None:
+            return None
+        w = kernel_of_norm(layer, module.weight, module.bias)
+        return None if w is None or len(w) != layer.width else (norm, w)
+
+    def _layers(
+        self,
+        factors: KronFactors,
+        spectra: dict[str, tuple[Spectrum, Spectrum]],
+        nulls: dict[str, tuple[Null, Null]],
+        store: Store,
+        advance: Any,
+    ) -> dict[str, list[dict[str, Any]]]:
+        readings: dict[str, list[dict[str, Any]]] = {}
+        self.readout: Readout | None = None
+        for index, (name, f) in enumerate(factors.items()):
+            kept = store.load_layer(index)
+            if kept is not None and kept.get("name") == name:
+                readings[name] = kept["directions"]
+                advance(1)
+                continue
+            chosen: list[Candidate] = []
+            if self.options.directions:
+                # Of the layer alone, so that a resumed scan draws the same.
+                generator = torch.Generator().manual_seed(self.settings.seed + 7919 * (index + 1))
+                chosen = candidates(
+                    self.survey.layers[name],
+                    spectra[name],
+                    nulls.get(name),
+                    self._kernel(name),
+                    class_shift=name == self.head,
+                    most=self.options.directions,
+                    generator=generator,
+                )
+            readings[name] = self._measure(name, f, chosen) if len(chosen) > 1 else []
+            store.save_layer(index, {"name": name, "directions": readings[name]})
+            advance(1)
+        return readings
+
+    def _reading_model(self) -> tuple[Readout, Any]:
+        if self.readout is None:
+            self.readout, dtype = reading_copy(self.model, READ_IN_FP64)
+            few = self._few()
+            self.ray_inputs = cast(few, dtype)
+            if dtype != torch.float64:
+                self.notes.append("rays are read in fp32: the model is too large for fp64")
+        return self.readout, self.ray_inputs
+
+    def _few(self) -> Any:
+        inputs = self.data[0].inputs
+        return slice_batch(inputs, 0, min(self.options.ray_samples, batch_size(inputs)))
+
+    def _measure(
+        self, name: str, f: LayerFactors, chosen: list[Candidate]
+    ) -> list[dict[str, Any]]:
+        readout, inputs = self._reading_model()
+        layer = self.survey.layers[name]
+        try:
+            return measure(
+                readout,
+                inputs,
+                layer,
+                chosen,
+                self.options.radii,
+                self.settings.likelihood,
+                eps=torch.finfo(self.dtype).eps,
+                factors=(f.A, f.G),
+            )
+        except (ValueError, NotImplementedError) as error:
+            self.notes.append(f"{name}: no rays: {error}")
+            return []
+
+    # ---------------------------------------------------------------------------- the bound on λ
+
+    def _bound(
+        self,
+        spectra: dict[str, tuple[Spectrum, Spectrum]],
+        nulls: dict[str, tuple[Null, Null]],
+        readings: dict[str, list[dict[str, Any]]],
+        gauges: list[dict[str, Any]],
+    ) -> dict[str, Any]:
+        """λ ≤ (d − f) / 2 for f dimensions along which K stays zero together.
+
+        Parts of W with A w = 0 leave every activation on the data as it is, so they are flat in
+        all layers at once. They hold for the data given; where samples limit the rank, more data
+        would raise the bound, so they are not counted.
+        """
+        d = sum(p.numel() for p in self.model.parameters())
+        flat = 0
+        seen: set[str] = set()
+        for name, (a, _) in spectra.items():
+            layer = self.survey.layers[name]
+            if layer.weight in seen or a.form == "one" or layer.groups > 1:
+                continue
+            seen.add(layer.weight)
+            if name in self.survey.tied or a.rank >= a.rank_limit:
+                continue
+            flat += a.dead * layer.outputs
+        upper = (d - flat) / 2
+        exact = [g.rank for n, (_, g) in spectra.items() if self.survey.layers[n].kind == "norm"]
+        lower = max(exact, default=0) / 2
+        return {
+            "lower": lower,
+            "upper": upper,
+            "flat": flat,
+            "verdict": "unresolved: bounds only (λ ≤ half the parameters that are not proven flat; "
+            "λ ≥ half the rank of the largest block known exactly)",
+        }
+
+    # -------------------------------------------------------------------------------- the report
+
+    def _report(
+        self,
+        factors: KronFactors,
+        spectra: dict[str, tuple[Spectrum, Spectrum]],
+        readings: dict[str, list[dict[str, Any]]],
+        gauges: list[dict[str, Any]],
+        bound: dict[str, Any],
+        costs: Plan,
+        stage: FactorStage,
+    ) -> dict[str, Any]:
+        from deaddir_fast.scan.layer_report import layer_report, totals
+
+        by_name = {c.name: c for c in costs.layers}
+        layers = []
+        for depth, (name, f) in enumerate(factors.items()):
+            cost = by_name[name]
+            seconds = stage.seconds.get(name)
+            if seconds is not None and self.device.type == "cpu" and seconds > 0:
+                layer = self.survey.layers[name]
+                work = triangles(
+                    layer, cost.rows, name in self.survey.leaders, self.passes,
+                    name == self.closed_head,
+                )  # fmt: skip
+                rate = costs.rate if self.settings.dtype != torch.float64 else costs.rate / 2
+                cost = replace(cost, seconds=seconds, share_of_bound=work / rate / seconds)
+            layers.append(
+                layer_report(
+                    self.survey, f, spectra[name], self.nulls_found.get(name), readings[name], depth,
+                    asdict(cost), head=name == self.head,
+                )
+            )  # fmt: skip
+        o = self.options
+        return {
+            "schema": SCHEMA,
+            "kind": "scan",
+            "created": datetime.now(UTC).isoformat(timespec="seconds"),
+            "versions": {
+                **describe(self.settings)["versions"],
+                "python": platform.python_version(),
+            },
+            "device": _device(self.device),
+            "model": {
+                "source": self.source,
+                "class": type(self.model).__name__,
+                "parameters": sum(p.numel() for p in self.model.parameters()),
+                "dtype": str(self.dtype).removeprefix("torch."),
+                "fingerprint": self.fingerprint,
+            },
+            "data": {
+                "source": self.data.source,
+                "samples": self.data.samples,
+                "tokens": self.data.tokens,
+                "shards": len(self.data.shards(o.shards)),
+                "fingerprint": self.data.fingerprint,
+            },
+            "settings": {
+                "likelihood": self.settings.likelihood.name,
+                "fisher": self.settings.fisher,
+                "draws": self.settings.draws,
+                "seed": self.settings.seed,
+                "sums": str(self.settings.dtype).removeprefix("torch."),
+                "directions_per_layer": o.directions,
+                "radii": o.radii.tolist(),
+                "ray_samples": o.ray_samples,
+            },
+            "cost": {
+                "seconds": self.seconds,
+                "peak_bytes": _peak(self.device),
+                "flops": costs.flops,
+                "planned_seconds": costs.seconds,
+                "planned_bytes": costs.memory,
+            },
+            "layers": layers,
+            "skipped": [asdict(s) for s in self.survey.skipped],
+            "gauges": gauges,
+            "totals": totals(layers, self.model, bound, gauges),
+            "notes": list(dict.fromkeys(self.notes)),
+        }
+
+    def _write(
+        self,
+        store: Store,
+        report: dict[str, Any],
+        spectra: dict[str, tuple[Spectrum, Spectrum]],
+    ) -> ScanReport:
+        values: dict[str, Tensor] = {}
+        for name, (a, g) in spectra.items():
+            values[f"A/{name}"] = a.values.contiguous().clone()
+            values[f"G/{name}"] = g.values.contiguous().clone()
+        store.write("spectra.safetensors", lambda path: save_file(values, path))
+        text = to_json(report)
+        store.write("report.json", lambda path: path.write_text(text, encoding="utf-8"))
+        from deaddir_fast.scan.html import write_html
+
+        write_html(self.out)
+        return ScanReport.read(self.out)
+
+
+def _device(device: torch.device) -> str:
+    if device.type == "cuda":
+        return f"cuda: {torch.cuda.get_device_name(device)}"
+    return f"{device.type}: {platform.processor() or platform.machine()}, {torch.get_num_threads()} threads"
+
+
+def _peak(device: torch.device) -> int:
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    import resource
+
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024

@@ -1,0 +1,166 @@
+"""What a scan has on disk while it runs: enough to go on after a kill at any moment.
+
+    scan.json           settings and fingerprints; another model, data or setting is refused
+    state/factors/      sums over the shards done so far, and which they are (one file, replaced)
+    state/layers/N.json what has been read of layer N
+    report.json, spectra.safetensors, report.html   at the end
+
+Every file is written beside its place, flushed and renamed: it is whole or not there.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from deaddir_fast.fisher.factors import KronFactors
+from deaddir_fast.scan.report import plain, to_json
+
+SCHEMA = 1
+
+
+def replace_file(path: Path, write: Callable[[Path], object]) -> None:
+    """Write a file with ``write`` and put it in its place when it is on disk.
+
+    Raises:
+        OSError: it could not be written (a full disk, no permission); what was there is unchanged.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_name(f".{path.name}.partial")
+    try:
+        write(part)
+        with open(part, "rb") as file:
+            os.fsync(file.fileno())
+        os.replace(part, path)
+    except BaseException:
+        part.unlink(missing_ok=True)
+        raise
+
+
+class Store:
+    """A scan's folder.
+
+    Args:
+        folder: made if it is not there.
+        settings: what the numbers depend on; must equal that of the scan begun there.
+        resume: whether to go on with what is there; if not, an old scan is removed.
+
+    Raises:
+        ValueError: the folder holds a scan of something else, or something that is not a scan.
+        OSError: it cannot be written.
+    """
+
+    def __init__(self, folder: Path, settings: Mapping[str, Any], *, resume: bool) -> None:
+        self.folder = folder
+        self.settings = json.loads(json.dumps(plain(settings)))
+        head = folder / "scan.json"
+        if head.exists() and not resume:
+            self.clear()
+        if head.exists():
+            self._check(head)
+        else:
+            if folder.exists() and any(p.name != ".gitkeep" for p in folder.iterdir()):
+                if not folder.is_dir() or not self._ours():
+                    raise ValueError(
+                        f"out: {str(folder)!r} is not empty and holds no scan; expected a new folder"
+                    )
+            content = {"schema": SCHEMA, "settings": self.settings}
+            replace_file(head, lambda path: path.write_text(to_json(content), encoding="utf-8"))
+
+    def _ours(self) -> bool:
+        names = {p.name for p in self.folder.iterdir()}
+        return names <= {"state", ".scan.json.partial"}
+
+    def _check(self, head: Path) -> None:
+        try:
+            content = json.loads(head.read_text(encoding="utf-8"))
+        except (OSError, ValueError) as error:
+            raise ValueError(f"out: {str(head)!r} cannot be read: {error}") from None
+        if content.get("schema") != SCHEMA:
+            raise ValueError(
+                f"out: {str(head)!r} has version {content.get('schema')}, expected {SCHEMA}"
+            )
+        before = content.get("settings", {})
+        keys = sorted(set(before) | set(self.settings))
+        other = [k for k in keys if before.get(k) != self.settings.get(k)]
+        if other:
+            listed = "; ".join(
+                f"{k} was {_short(before.get(k))}, is {_short(self.settings.get(k))}" for k in other
+            )
+            raise ValueError(
+                f"out: {str(self.folder)!r} holds a scan of something else ({listed}); use another "
+                "folder, or resume=False to start again"
+            )
+
+    def clear(self) -> None:
+        """Remove everything a scan puts there."""
+        shutil.rmtree(self.folder / "state", ignore_errors=True)
+        for name in ("report.json", "spectra.safetensors", "report.html", "scan.json"):
+            (self.folder / name).unlink(missing_ok=True)
+
+    def space_for(self, needed: int) -> None:
+        """Refuse before the work what the disk cannot hold.
+
+        Raises:
+            OSError: fewer than ``needed`` bytes are free.
+        """
+        free = shutil.disk_usage(self.folder).free
+        if free < needed:
+            raise OSError(
+                28,
+                f"the scan needs {needed / 1e9:.1f} GB of disk for its state, {free / 1e9:.1f} GB "
+                "are free",
+                str(self.folder),
+            )
+
+    @property
+    def _factors(self) -> Path:
+        return self.folder / "state" / "factors"
+
+    def load_factors(self) -> KronFactors | None:
+        """Sums over the shards done so far."""
+        if not (self._factors / "factors.safetensors").exists():
+            return None
+        try:
+            return KronFactors.load(self._factors)
+        except Exception:
+            # A file of a crashed machine: the shards are computed again.
+            shutil.rmtree(self._factors, ignore_errors=True)
+            return None
+
+    def save_factors(self, factors: KronFactors) -> None:
+        """Replace the sums on disk."""
+        factors.save(self._factors)
+
+    def drop_factors(self) -> None:
+        """Remove the sums; the readings stay."""
+        shutil.rmtree(self._factors, ignore_errors=True)
+
+    def load_layer(self, index: int) -> dict[str, Any] | None:
+        """What has been read of a layer, or None."""
+        path = self.folder / "state" / "layers" / f"{index}.json"
+        try:
+            return json.loads(path.read_text(encoding="utf-8"))
+        except (OSError, ValueError):
+            return None
+
+    def save_layer(self, index: int, reading: Mapping[str, Any]) -> None:
+        """Keep what has been read of a layer."""
+        path = self.folder / "state" / "layers" / f"{index}.json"
+        text = to_json(reading)
+        replace_file(path, lambda part: part.write_text(text, encoding="utf-8"))
+
+    def write(self, name: str, write: Callable[[Path], object]) -> Path:
+        """A final file of the scan."""
+        path = self.folder / name
+        replace_file(path, write)
+        return path
+
+
+def _short(value: Any) -> str:
+    text = json.dumps(value)
+    return text if len(text) <= 60 else text[:57] + "..."
