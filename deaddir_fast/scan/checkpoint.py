@@ -247,9 +247,7 @@ def locate(source: str, *, allow_download: bool) -> Path:
         names = hub.list_repo_files(source)
         if not any(name.endswith(".safetensors") for name in names):
             refuse_pickles(source, names)
-        found = hub.snapshot_download(
-            source, allow_patterns=_WANTED, ignore_patterns=_UNWANTED
-        )
+        found = hub.snapshot_download(source, allow_patterns=_WANTED, ignore_patterns=_UNWANTED)
     except (OSError, hub.errors.HfHubHTTPError, hub.errors.OfflineModeIsEnabled) as error:
         raise FileNotFoundError(
             f"MODEL: {source} is neither a folder nor in the local cache, and cannot be "

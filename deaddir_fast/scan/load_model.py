@@ -113,7 +113,9 @@ def _digest(named: tuple[str, Tensor]) -> bytes:
     name, value = named
     raw = value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
     label = f"{name}\0{tuple(value.shape)}\0{value.dtype}\0"
-    return hashlib.blake2b(raw, digest_size=32, key=hashlib.sha256(label.encode()).digest()).digest()
+    return hashlib.blake2b(
+        raw, digest_size=32, key=hashlib.sha256(label.encode()).digest()
+    ).digest()
 
 
 def fingerprint(model: nn.Module) -> str:
@@ -360,9 +362,7 @@ def load_model(
         raise ValueError(f"MODEL: {source} has no parameters")
     identity = fingerprint(model)
     found.update(model=model.to(device), notes=tuple(found["notes"]))
-    return LoadedModel(
-        source=source, takes_mask=_takes_mask(model), fingerprint=identity, **found
-    )
+    return LoadedModel(source=source, takes_mask=_takes_mask(model), fingerprint=identity, **found)
 
 
 # ---------------------------------------------------------------------------------------- dry run
@@ -377,9 +377,7 @@ def _plan_own(source: str) -> ModelPlan:
         with torch.device("meta"):
             model = reference.build("MODEL", source)
     except (RuntimeError, NotImplementedError) as error:
-        unknown.append(
-            f"shapes and parameters: {source} cannot be built without memory ({error})"
-        )
+        unknown.append(f"shapes and parameters: {source} cannot be built without memory ({error})")
     else:
         architecture, vocabulary = type(model).__name__, _embedded(model)
         for name, value in model.named_parameters():

@@ -62,5 +62,7 @@ def build(argument: str, reference: str) -> nn.Module:
         raise TypeError(f"{argument}: {reference} is a {type(function).__name__}, not callable")
     model = function()
     if not isinstance(model, nn.Module):
-        raise TypeError(f"{argument}: {reference} returned {type(model).__name__}, not an nn.Module")
+        raise TypeError(
+            f"{argument}: {reference} returned {type(model).__name__}, not an nn.Module"
+        )
     return model
