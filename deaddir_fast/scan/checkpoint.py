@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from safetensors import SafetensorError, safe_open
 
@@ -120,7 +120,7 @@ def is_hub_id(source: str) -> bool:
     return _HUB_ID.fullmatch(source) is not None
 
 
-def refuse_pickles(source: str, names: Iterable[str]) -> None:
+def refuse_pickles(source: str, names: Iterable[str]) -> NoReturn:
     """Say why a place without safetensors cannot be read.
 
     Raises:
@@ -243,17 +243,25 @@ def locate(source: str, *, allow_download: bool) -> Path:
         raise FileNotFoundError(
             f"MODEL: {source} is neither a folder nor in the local cache, and downloads are off"
         )
+    names = _fetch(source, hub.list_repo_files)
+    if not any(name.endswith(".safetensors") for name in names):
+        refuse_pickles(source, names)
+    return Path(
+        _fetch(source, hub.snapshot_download, allow_patterns=_WANTED, ignore_patterns=_UNWANTED)
+    )
+
+
+def _fetch(source: str, ask: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    """What the hub answers; the errors of its transport have no common base over versions."""
     try:
-        names = hub.list_repo_files(source)
-        if not any(name.endswith(".safetensors") for name in names):
-            refuse_pickles(source, names)
-        found = hub.snapshot_download(source, allow_patterns=_WANTED, ignore_patterns=_UNWANTED)
-    except (OSError, hub.errors.HfHubHTTPError, hub.errors.OfflineModeIsEnabled) as error:
+        return ask(source, *args, **kwargs)
+    except Exception as error:
+        if isinstance(error, _hub(source).errors.NotASafetensorsRepoError):
+            raise
         raise FileNotFoundError(
-            f"MODEL: {source} is neither a folder nor in the local cache, and cannot be "
-            f"downloaded ({error})"
+            f"MODEL: {source} is neither a folder nor in the local cache, and cannot be fetched "
+            f"({error})"
         ) from None
-    return Path(found)
 
 
 def _hub(source: str) -> Any:
@@ -311,13 +319,10 @@ def remote_headers(source: str) -> tuple[dict[str, Any], dict[str, tuple[tuple[i
     """
     hub = _hub(source)
     try:
-        try:
-            found = hub.get_safetensors_metadata(source)
-        except hub.errors.NotASafetensorsRepoError:
-            refuse_pickles(source, hub.list_repo_files(source))
-        config = read_json(Path(hub.hf_hub_download(source, "config.json")))
-    except (OSError, hub.errors.HfHubHTTPError, hub.errors.OfflineModeIsEnabled) as error:
-        raise FileNotFoundError(f"MODEL: {source} cannot be reached ({error})") from None
+        found = _fetch(source, hub.get_safetensors_metadata)
+    except hub.errors.NotASafetensorsRepoError:
+        refuse_pickles(source, _fetch(source, hub.list_repo_files))
+    config = read_json(Path(_fetch(source, hub.hf_hub_download, "config.json")))
     shapes = {
         name: (tuple(info.shape), str(info.dtype))
         for part in found.files_metadata.values()

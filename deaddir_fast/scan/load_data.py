@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -101,7 +102,7 @@ class Data:
         """At most ``count`` ranges of batches, in order, none empty, as even as can be."""
         count = min(_check.integer("count", count, 1), len(self))
         edges = [k * len(self) // count for k in range(count + 1)]
-        return [range(a, b) for a, b in zip(edges, edges[1:], strict=False)]
+        return [range(a, b) for a, b in pairwise(edges)]
 
 
 def _label(labels: Ragged | Array, sample: np.ndarray, kind: str) -> Tensor:
@@ -132,8 +133,8 @@ def _tokenized(
     """Texts as rows of ids; long ones in consecutive pieces, each with the special tokens."""
     if tokenizer is None:
         raise ValueError(
-            f"FILE: {path} holds text, but the model has no tokenizer; expected token ids or floats "
-            "(.npy, .safetensors, or .jsonl with input_ids)"
+            f"FILE: {path} holds text, but the model has no tokenizer; expected token ids or "
+            "floats (.npy, .safetensors, or .jsonl with input_ids)"
         )
     before, after = _special(tokenizer)
     room = None if length is None else length - len(before) - len(after)
@@ -192,9 +193,8 @@ def _ends(path: Path, rows: Ragged | Array, mask: Ragged | Array | None) -> np.n
 def _pieces(ends: np.ndarray, length: int | None) -> np.ndarray:
     """(samples, 3): row, start, stop of consecutive pieces of at most ``length``."""
     starts, stops = ends.T
-    counts = (
-        np.ones(len(ends), dtype=np.int64) if length is None else -(-(stops - starts) // length)
-    )
+    sizes = stops - starts
+    counts = np.ones_like(sizes) if length is None else -(-sizes // length)
     row = np.repeat(np.arange(len(ends)), counts)
     nth = np.arange(len(row)) - np.repeat(np.cumsum(counts) - counts, counts)
     start = starts[row] + nth * (length or 0)
@@ -304,7 +304,8 @@ def load_data(
     seed = _check.integer("seed", seed, 0)
     if dtype is not None and dtype not in _check.FLOATING:
         raise _check.fail("dtype", dtype, "float64, float32, bfloat16, float16 or None")
-    found, notes = _contents(path, text_field), []
+    notes: list[str] = []
+    found = _contents(path, text_field)
     if found.texts is not None:
         own = getattr(tokenizer, "model_max_length", None)
         if length is None and isinstance(own, int) and own < 10**9:

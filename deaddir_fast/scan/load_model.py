@@ -25,6 +25,7 @@ from deaddir_fast import _check
 from deaddir_fast.scan import checkpoint, reference
 from deaddir_fast.scan.checkpoint import Checkpoint
 from deaddir_fast.scan.encoders import HiddenStates, SentenceEmbedding
+from deaddir_fast.scan.masks import traceable_sdpa
 
 
 @dataclass(frozen=True)
@@ -113,9 +114,8 @@ def _digest(named: tuple[str, Tensor]) -> bytes:
     name, value = named
     raw = value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
     label = f"{name}\0{tuple(value.shape)}\0{value.dtype}\0"
-    return hashlib.blake2b(
-        raw, digest_size=32, key=hashlib.sha256(label.encode()).digest()
-    ).digest()
+    key = hashlib.sha256(label.encode()).digest()
+    return hashlib.blake2b(raw, digest_size=32, key=key).digest()
 
 
 def fingerprint(model: nn.Module) -> str:
@@ -131,7 +131,7 @@ def fingerprint(model: nn.Module) -> str:
     return whole.hexdigest()
 
 
-# ---------------------------------------------------------------------------------------- checkpoints
+# ---------------------------------------------------------------------------------------- folders
 
 
 def _transformers() -> Any:
@@ -172,7 +172,7 @@ def _pretrained(found: Checkpoint, dtype: torch.dtype | None) -> tuple[nn.Module
     version = tuple(int(part) for part in transformers.__version__.split(".")[:2])
     options: dict[str, Any] = {
         "config": config,
-        "attn_implementation": "sdpa",
+        "attn_implementation": traceable_sdpa(),
         "local_files_only": True,
         "output_loading_info": True,
         "trust_remote_code": False,
@@ -208,7 +208,8 @@ def _pretrained(found: Checkpoint, dtype: torch.dtype | None) -> tuple[nn.Module
     named = (found.config.get("architectures") or [None])[0]
     if named not in (None, type(model).__name__):
         notes.append(f"read as {type(model).__name__}, config.json says {named}")
-    if dtype == torch.float64 and getattr(config, "_experts_implementation", None) == "grouped_mm":
+    experts = getattr(model.config, "_experts_implementation", None)
+    if dtype == torch.float64 and experts == "grouped_mm":
         model.set_experts_implementation("batched_mm")
         notes.append("experts: batched products, grouped ones do not exist in fp64")
     return model, notes

@@ -1,6 +1,6 @@
-"""Networks named on the command line: ``package.module:callable`` and ``path/to/file.py:callable``.
+"""Networks named on the command line: ``package.module:callable``, ``path/to/file.py:callable``.
 
-The callable takes no arguments and returns an ``nn.Module``. Its code runs: name only code you trust.
+The callable takes no arguments and returns an ``nn.Module``. Its code runs: name what you trust.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ def build(argument: str, reference: str) -> nn.Module:
 
     Args:
         argument: what to call it in errors.
-        reference: ``module:callable`` (looked up in the current folder too) or ``file.py:callable``.
+        reference: ``module:callable``, also of the current folder, or ``file.py:callable``.
 
     Raises:
         ImportError: if there is no such file or module.
