@@ -1,4 +1,7 @@
-"""The command line: ``deaddir demo``, ``predict``, ``doctor``. Heavy imports wait for a command."""
+"""The command line: ``deaddir demo``, ``predict``, ``compare``, ``doctor``.
+
+Heavy imports wait for a command.
+"""
 
 from __future__ import annotations
 
@@ -96,6 +99,42 @@ def predict(
     from rich.console import Console
 
     predicted.show(rates, Console())
+
+
+@app.command()
+def compare(
+    a: Path = typer.Argument(..., metavar="A", help="Folder of the first scan."),
+    b: Path = typer.Argument(..., metavar="B", help="Folder of the second scan."),
+    out: Path | None = typer.Option(
+        None, "--out", "-o", help="Folder for compare.json and compare.html."
+    ),
+    as_json: bool = typer.Option(False, "--json", help="Print JSON instead of tables."),
+) -> None:
+    """Lay two scans side by side: ranks, dead directions, spectra, orders and bounds on λ.
+
+    Changes are from A to B. What makes the two hard to compare (other data, other settings) is
+    said first.
+    """
+    from deaddir_fast.scan import compare as comparing
+    from deaddir_fast.scan import report
+    from deaddir_fast.scan.read_report import ReportError
+
+    try:
+        found = comparing.compare(a, b, out=out)
+    except ReportError as error:
+        typer.echo(f"error: {error}", err=True)
+        raise typer.Exit(2) from None
+    except OSError as error:
+        typer.echo(f"error: {error.filename or out}: {error.strerror or error}", err=True)
+        raise typer.Exit(1) from None
+    if as_json:
+        typer.echo(report.to_json(found.as_json()), nl=False)
+        return
+    from rich.console import Console
+
+    comparing.show(found, Console())
+    if out is not None:
+        typer.echo(f"written: {out / 'compare.html'}, {out / 'compare.json'}")
 
 
 @app.command()

@@ -2,43 +2,26 @@
 
 from __future__ import annotations
 
-import importlib
 import math
-import os
-import sys
 from dataclasses import asdict
 from typing import Any
 
 from rich.console import Console
 from rich.table import Table
-from torch import nn
 
 from deaddir_fast.rates.predict import LayerRate, Rates, predict
-
-
-def _module(reference: str) -> nn.Module:
-    """The module that ``package.module:callable`` returns."""
-    path, _, attribute = reference.partition(":")
-    if os.getcwd() not in sys.path:  # as `python -m` does
-        sys.path.insert(0, os.getcwd())
-    model = getattr(importlib.import_module(path), attribute)()
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"SPEC: {reference} returned {type(model).__name__}, not an nn.Module")
-    return model.double().eval()
+from deaddir_fast.scan.reference import build, is_reference
 
 
 def _is_reference(spec: str) -> bool:
-    """``module:callable`` rather than ``mlp:gelu``: dots or a module of that name."""
-    path, colon, attribute = spec.partition(":")
-    if not colon or not attribute.isidentifier() or not path.replace(".", "_").isidentifier():
-        return False
-    return path not in ("mlp", "moe")
+    """``module:callable`` rather than ``mlp:gelu``."""
+    return is_reference(spec) and spec.partition(":")[0] not in ("mlp", "moe")
 
 
 def rates(spec: str, unit: int, bias: str) -> Rates:
     """Rates of primitives or of a module named on the command line."""
     if _is_reference(spec):
-        return predict(_module(spec), unit=unit, bias=bias)
+        return predict(build("SPEC", spec).double().eval(), unit=unit, bias=bias)
     return predict(spec, unit=unit, bias=bias)
 
 

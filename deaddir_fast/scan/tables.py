@@ -20,7 +20,8 @@ def order(value: float) -> str:
     return "∞" if math.isinf(value) else f"{value:g}"
 
 
-def _table(title: str, *columns: tuple[str, str]) -> Table:
+def new_table(title: str, *columns: tuple[str, str]) -> Table:
+    """An empty table with a title and columns, each a name and "left" or "right"."""
     table = Table(
         title=title,
         title_justify="left",
@@ -41,7 +42,7 @@ def _tick(good: bool) -> Text:
 
 def exact(cases: list[ExactCase]) -> Table:
     """Triples beside closed forms."""
-    table = _table(
+    table = new_table(
         "Triples (λ, m, ν) at true points, and closed forms of λ, m",
         ("network and point", "left"),
         ("read", "left"),
@@ -86,7 +87,7 @@ def exact_notes(cases: list[ExactCase]) -> list[Text]:
 
 def rays(curves: list[Ray]) -> Table:
     """Three readings of each order, side by side."""
-    table = _table(
+    table = new_table(
         "Vanishing orders, read three ways",
         ("direction", "left"),
         ("true k", "right"),
@@ -123,7 +124,7 @@ def digits(found: DigitsReading, console: Console) -> None:
         f"{found.accuracy:.1%} right on {found.held_out} images held out; "
         f"read on {found.samples} training images"
     )
-    table = _table(
+    table = new_table(
         "Why directions are dead (counted from data and activations)",
         ("cause", "left"),
         ("which", "left"),
@@ -144,7 +145,7 @@ def digits(found: DigitsReading, console: Console) -> None:
                 "yellow",
             )
         )
-    table = _table(
+    table = new_table(
         "How they are classified",
         ("kind", "left"),
         ("order k", "right"),
