@@ -73,13 +73,13 @@ class GramSum:
             self.sums += (ones @ rows)[0]
         else:
             self.sums += rows.sum(0, dtype=torch.float32)
-        wide = torch.float64 if rows.dtype == torch.float64 else torch.float32
-        if self.packed.dtype == wide:
-            gram_packed(rows, out=self.packed, beta=1.0)
-        elif wide == torch.float32:
-            self.packed += gram_packed(rows)
-        else:
+        if self.packed.dtype == torch.float64:
+            # Squares of fp32 numbers are exact in fp64: no rounding before the sum.
+            gram_packed(rows.double(), out=self.packed, beta=1.0)
+        elif rows.dtype == torch.float64:
             self.packed += gram_packed(rows).to(self.packed.dtype)
+        else:
+            gram_packed(rows, out=self.packed, beta=1.0)
 
     def release(self) -> None:
         """Flush and give the buffer's memory back."""

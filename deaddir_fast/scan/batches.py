@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -22,13 +24,14 @@ class Batches:
             or an object with ``__len__``, ``batch(i)`` and ``fingerprint`` (which is then not read
             ahead of time).
         fisher: as for ``kron_factors``.
+        dtype: of floating-point inputs; None leaves them.
 
     Raises:
         TypeError, ValueError: not batches, or none.
     """
 
-    def __init__(self, given: Any, fisher: str) -> None:
-        self.fisher = fisher
+    def __init__(self, given: Any, fisher: str, dtype: torch.dtype | None = None) -> None:
+        self.fisher, self.dtype = fisher, dtype
         self.source = str(getattr(given, "source", "batches in memory"))
         if isinstance(given, (Tensor, Mapping)):
             given = [given]
@@ -57,13 +60,23 @@ class Batches:
 
     def __getitem__(self, index: int) -> Batch:
         if self._lazy is None:
-            return as_batch(self._list[index], self.fisher)
+            return self._cast(as_batch(self._list[index], self.fisher))
         given = self._lazy.batch(index)
         if self.fisher == "empirical" and not isinstance(given, tuple):
             labels = self._lazy.labels(index) if hasattr(self._lazy, "labels") else None
             if labels is not None:
                 given = (given, labels)
-        return as_batch(given, self.fisher)
+        return self._cast(as_batch(given, self.fisher))
+
+    def _cast(self, batch: Batch) -> Batch:
+        if self.dtype is None:
+            return batch
+
+        def one(x: Any) -> Any:
+            floats = isinstance(x, Tensor) and x.is_floating_point()
+            return x.to(self.dtype) if floats else x
+
+        return replace(batch, inputs=pytree.tree_map(one, batch.inputs))
 
     def _digest(self) -> str:
         digest = hashlib.blake2b(digest_size=16)
@@ -83,7 +96,7 @@ class Batches:
         stops = [0]
         for k in range(count):
             stops.append(stops[-1] + small + (1 if k < extra else 0))
-        return [range(a, b) for a, b in zip(stops, stops[1:], strict=False)]
+        return [range(a, b) for a, b in pairwise(stops)]
 
 
 def _tokens(batch: Batch) -> int:

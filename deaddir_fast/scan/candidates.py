@@ -86,7 +86,9 @@ def candidates(
     found: list[Candidate] = []
     if kernel is not None:
         name, w = kernel
-        cosine = math.hypot(*(float((part.mT @ w).norm()) for part in (nulls[0].always, nulls[0].here)))
+        cosine = math.hypot(
+            *(float((part.mT @ w).norm()) for part in (nulls[0].always, nulls[0].here))
+        )
         found.append(
             Candidate(
                 f"kernel γ⁻¹ of {name}", "inputs", True, torch.outer(top_v, w), math.inf,

@@ -67,9 +67,7 @@ class FactorStage:
         self.seconds: dict[str, float] = defaultdict(float)
         self.halved = 0
 
-    def run(
-        self, shards: Sequence[range], advance: Callable[[int], None]
-    ) -> KronFactors:
+    def run(self, shards: Sequence[range], advance: Callable[[int], None]) -> KronFactors:
         """Sum all shards that are not on disk yet; ``advance`` is told of each batch done."""
         total = self.store.load_factors()
         done = set() if total is None else set(total.meta["shards"])

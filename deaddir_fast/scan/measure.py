@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from deaddir_fast.nets.graph import arguments, model_output
 from deaddir_fast.nets.layers.base import Layer
 from deaddir_fast.nets.likelihood import Likelihood
+from deaddir_fast.nets.orders import ray_orders
 from deaddir_fast.nets.rays import RayCurvature, ray_curvature
 from deaddir_fast.ops.kron_quadratic import kron_quadratic
 from deaddir_fast.scan.candidates import Candidate, to_parameters
@@ -44,21 +45,18 @@ class Readout(nn.Module):
         return z * mask.unsqueeze(-1).to(z.dtype)
 
 
-def reading_copy(model: nn.Module, largest: int) -> tuple[Readout, torch.dtype]:
-    """A copy for readings: fp64 up to ``largest`` parameters, above that fp32."""
-    size = sum(p.numel() for p in model.parameters())
-    dtype = torch.float64 if size <= largest else torch.float32
+def reading_copy(model: nn.Module, dtype: torch.dtype) -> nn.Module:
+    """A copy of a model in the precision of the readings; its own weights are exact in it."""
     twin = copy.deepcopy(model).to(dtype).eval().requires_grad_(False)
     config = getattr(twin, "config", None)
     if getattr(config, "use_cache", None):
         config.use_cache = False  # type: ignore[union-attr]
-    return Readout(twin).eval(), dtype
+    return twin
 
 
 def cast(inputs: Any, dtype: torch.dtype) -> Any:
-    """Floating-point inputs in the precision of the readings; labels left out."""
+    """Floating-point inputs in the precision of the readings."""
     args, kwargs = arguments(inputs)
-    kwargs.pop("labels", None)
 
     def one(x: Any) -> Any:
         return x.to(dtype) if isinstance(x, Tensor) and x.is_floating_point() else x
@@ -78,6 +76,7 @@ def measure(
     *,
     eps: float,
     factors: tuple[Tensor, Tensor],
+    jets: bool,
 ) -> list[dict[str, Any]]:
     """Readings of one layer's candidates, the last of which is live.
 
@@ -90,6 +89,7 @@ def measure(
         likelihood: of the outputs.
         eps: precision the null spaces were read in.
         factors: A and G.
+        jets: whether to read Taylor orders where rays leave something open.
 
     Returns:
         One entry of the report for each, in order.
@@ -102,9 +102,51 @@ def measure(
     rays = ray_curvature(readout, inputs, directions, grid, likelihood=likelihood)
     quadratic = _kfac(factors, torch.stack([c.u for c in chosen]))
     live = rays.kl[-1, 1:]
-    return [
-        _entry(c, rays, k, live, float(quadratic[k]), eps) for k, c in enumerate(chosen)
-    ]
+    found = [_entry(c, rays, k, live, float(quadratic[k]), eps) for k, c in enumerate(chosen)]
+    if jets:
+        _add_jets(found, readout, inputs, directions, likelihood, chosen)
+    return found
+
+
+def _add_jets(
+    found: list[dict[str, Any]],
+    readout: Readout,
+    inputs: Any,
+    directions: dict[str, Tensor],
+    likelihood: Likelihood,
+    chosen: Sequence[Candidate],
+) -> None:
+    """Taylor orders at t = 0 where the rays left something open, or found an order above one."""
+    wanted = [
+        k for k, entry in enumerate(found)
+        if chosen[k].part != "live" and entry["class"] in ("singular", "unresolved")
+    ]  # fmt: skip
+    if not wanted:
+        return
+    some = {name: u[wanted] for name, u in directions.items()}
+    read = ray_orders(readout, inputs, some, likelihood=likelihood)
+    for k, order in zip(wanted, read.orders.tolist(), strict=True):
+        entry = found[k]
+        if math.isnan(order):
+            continue
+        entry["jet"] = order
+        if entry["order"] is None and math.isinf(order) and chosen[k].part != "nearly dead":
+            # Flat near the point; further out a kink, or a term beyond the orders looked at.
+            entry.update(
+                order=math.inf,
+                contribution=0.0,
+                verdict="flat as t → 0 by its Taylor coefficients; not further out",
+            )
+            entry["class"] = _kind(chosen[k], math.inf, entry["verdict"])
+        elif entry["order"] is not None and abs(order - entry["order"]) > 0.05:
+            entry.update(
+                order=None,
+                interval=None,
+                contribution=None,
+                verdict=f"unresolved: the ray reads {entry['order']:.3g}, its Taylor coefficients "
+                f"{order:g}",
+            )
+            entry["class"] = "unresolved"
 
 
 def _kfac(factors: tuple[Tensor, Tensor], u: Tensor) -> Tensor:
@@ -155,15 +197,25 @@ def _order(
         if ratio <= floor:
             return math.inf, None, "flat"
         if c.part == "inputs" and ratio > 1e4 * floor:
-            return None, None, (
-                f"unresolved: it was to be flat, but the divergence reaches {ratio:.1g} of that "
-                "along a live direction"
+            return (
+                None,
+                None,
+                (
+                    f"unresolved: it was to be flat, but the divergence reaches {ratio:.1g} of that "
+                    "along a live direction"
+                ),
             )
         if ratio <= 1e3 * floor:
-            return None, None, (
-                f"unresolved: the divergence reaches {ratio:.1g} of that along a live direction, "
-                "close to rounding of the null space"
+            return (
+                None,
+                None,
+                (
+                    f"unresolved: the divergence reaches {ratio:.1g} of that along a live direction, "
+                    "close to rounding of the null space"
+                ),
             )
+    elif c.part == "nearly dead" and float(kl.max()) == 0.0:
+        return None, None, "unresolved: flat on the samples the rays are read on, not on all"
     fit: RateFit = fit_rate(radii, fisher, kl=kl)
     if not fit.resolved:
         return None, None, fit.verdict
@@ -181,33 +233,3 @@ def _kind(c: Candidate, order: float | None, verdict: str) -> str:
             return "gauge"
         return "algebraic" if c.always else "data"
     return "singular" if order > 1.5 else "live"
-
-
-def joint_flatness(
-    readout: Readout,
-    inputs: Any,
-    parts: Mapping[str, tuple[Layer, Tensor]],
-    radii: Tensor,
-    likelihood: Likelihood,
-    live: float,
-    eps: float,
-) -> tuple[bool, float]:
-    """Whether all flat parts together are flat: a generic direction over all layers.
-
-    Args:
-        parts: {layer: (layer, u (o, width))} generic directions of the flat subspaces.
-        live: divergence along a live direction at the largest radius.
-
-    Returns:
-        (flat, divergence at the largest radius over that along a live direction).
-    """
-    state = {k.removeprefix("model."): v for k, v in readout.named_parameters()}
-    dtype = next(iter(state.values())).dtype
-    directions: dict[str, Tensor] = {}
-    for layer, u in parts.values():
-        for name, value in to_parameters(layer, u[None].to(dtype), state).items():
-            key = f"model.{name}"
-            directions[key] = directions[key] + value if key in directions else value
-    rays = ray_curvature(readout, inputs, directions, radii, likelihood=likelihood)
-    worst = float((rays.kl[0] / max(live, 1e-300)).max())
-    return worst <= (FLAT * eps) ** 2 * max(1, len(parts)), worst

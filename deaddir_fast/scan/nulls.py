@@ -52,9 +52,7 @@ class Null:
     def random(self, always: bool, columns: int, generator: torch.Generator) -> Tensor:
         """(d, columns) generic vectors in one of the two."""
         basis = self.part(always)
-        mixed = torch.randn(
-            basis.shape[-1], columns, generator=generator, dtype=torch.float64
-        )
+        mixed = torch.randn(basis.shape[-1], columns, generator=generator, dtype=torch.float64)
         if basis.ndim == 2:
             return basis @ mixed
         out = torch.zeros(self.dimension, columns, dtype=torch.float64)

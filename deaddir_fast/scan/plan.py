@@ -118,7 +118,9 @@ def plan(
     costs = []
     memory = disk = activations = 0
     itemsize, wide = torch.finfo(dtype).bits // 8, torch.finfo(sums).bits // 8
-    kernel = chosen_route("gram_packed", torch.zeros(4096, 256, device=device, dtype=dtype), None, 1.0)
+    kernel = chosen_route(
+        "gram_packed", torch.zeros(4096, 256, device=device, dtype=dtype), None, 1.0
+    )
     for name, layer in survey.layers.items():
         share = survey.tokens.get(name, 1)
         # Layers over tokens see only those that count; the survey saw padded ones.
@@ -136,7 +138,7 @@ def plan(
             passes_flops = 0.0
         sums_flops = triangles(layer, rows, shared, passes, closed)
         updates = -(-rows // 2048)
-        moved = rows * (layer.inputs + layer.outputs * passes) * itemsize * layer.groups
+        moved = float(rows) * (layer.inputs + layer.outputs * passes) * itemsize * layer.groups
         moved += 2.0 * updates * size * wide
         how = {"matrix": f"{kernel} gram_packed", "diagonal": "counts", "one": "exact block"}
         route = f"streams, {how[layer.form]}"
@@ -144,9 +146,7 @@ def plan(
             route += f", A of {survey.leaders[name]}"
         if closed:
             route += ", softmax form of G"
-        costs.append(
-            LayerCost(name, route, rows, passes_flops + sums_flops, moved, size * wide)
-        )
+        costs.append(LayerCost(name, route, rows, passes_flops + sums_flops, moved, size * wide))
         memory += size * wide
         disk += size * wide
         activations += batch_samples * max(1, share) * (layer.inputs + layer.outputs) * itemsize

@@ -23,14 +23,15 @@ from deaddir_fast.fisher.factors import KronFactors, LayerFactors
 from deaddir_fast.fisher.kron import MOST_PASSES, Settings, check_settings, describe
 from deaddir_fast.nets import likelihood as likelihoods
 from deaddir_fast.nets import seeds
-from deaddir_fast.nets.graph import batch_size, call_plainly, slice_batch
+from deaddir_fast.nets.graph import call_plainly, slice_batch
 from deaddir_fast.nets.rays import check_radii
 from deaddir_fast.nets.survey import Survey, survey
 from deaddir_fast.ops.gram_packed import entries
 from deaddir_fast.scan.batches import Batches
 from deaddir_fast.scan.candidates import Candidate, candidates, kernel_of_norm
 from deaddir_fast.scan.factors import FactorStage, out_of_memory
-from deaddir_fast.scan.measure import Readout, cast, joint_flatness, measure, reading_copy
+from deaddir_fast.scan.load_model import fingerprint as weights_fingerprint
+from deaddir_fast.scan.measure import Readout, cast, measure, reading_copy
 from deaddir_fast.scan.nulls import Null, split_nulls
 from deaddir_fast.scan.plan import Plan, plan, triangles
 from deaddir_fast.scan.report import to_json
@@ -74,6 +75,7 @@ def scan(
     ray_samples: int = 8,
     shards: int | None = None,
     sums: torch.dtype | None = None,
+    fp64_up_to: int = READ_IN_FP64,
     largest_spectrum: int | None = None,
     gauges: bool | None = None,
     strict: bool = False,
@@ -102,6 +104,8 @@ def scan(
         ray_samples: samples the rays are read on.
         shards: parts after each of which the sums are saved, by default up to 8.
         sums: dtype of the sums, by default fp64 where they take less than 4 GB.
+        fp64_up_to: models of up to this many parameters are read in fp64 (on a copy), where a dead
+            direction reads 1e-14 of the trace and not 1e-10; larger ones in their own precision.
         largest_spectrum: dimension above which eigenvalues are not computed.
         gauges: whether to search the whole model for symmetries; by default up to two million
             parameters.
@@ -120,8 +124,17 @@ def scan(
     """
     if not isinstance(model, nn.Module):
         raise _check.fail("model", model, "a torch.nn.Module", TypeError)
-    data = Batches(batches, _check.choice("fisher", fisher, ("exact", "mc", "empirical")))
+    _check.choice("fisher", fisher, ("exact", "mc", "empirical"))
+    size = sum(p.numel() for p in model.parameters())
+    dtype = next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.float32)
+    original = model
+    if size <= _check.integer("fp64_up_to", fp64_up_to, 0):
+        dtype = torch.float64
+        model = reading_copy(model, dtype)
+    data = Batches(batches, fisher, dtype)
     device = next((p.device for p in model.parameters()), torch.device("cpu"))
+    if largest_spectrum is None:
+        largest_spectrum = LARGEST_SPECTRUM.get(device.type, 4096)
     options = _Options(
         _check.integer("directions_per_layer", directions_per_layer, 0),
         _radii(radii),
@@ -129,10 +142,12 @@ def scan(
         _check.integer("shards", 8 if shards is None else shards, 1),
         _check.integer(
             "largest_spectrum",
-            LARGEST_SPECTRUM.get(device.type, 4096) if largest_spectrum is None else largest_spectrum,
+            LARGEST_SPECTRUM.get(device.type, 4096)
+            if largest_spectrum is None
+            else largest_spectrum,
             1,
         ),
-        sum(p.numel() for p in model.parameters()) <= GAUGES_UP_TO if gauges is None else gauges,
+        size <= GAUGES_UP_TO if gauges is None else gauges,
     )
     with warnings.catch_warnings():
         # What is skipped stands in the report.
@@ -142,17 +157,18 @@ def scan(
     if not found.layers:
         raise ValueError("model: none of its modules is a layer that factors are known for")
     if sums is None:
-        size = sum(
+        needed = sum(
             8 * x.groups * (entries(x.inputs) * (x.form == "matrix") + entries(x.outputs))
             for x in found.layers.values()
         )
-        sums = torch.float64 if size <= FP64_SUMS else torch.float32
+        sums = torch.float64 if needed <= FP64_SUMS else torch.float32
     settings = check_settings(
         likelihood, fisher, "expand", draws, seed, sums, True, LARGEST_HEAD, MOST_PASSES
     )
     work = _Scan(model, data, Path(out), found, settings, options, device, progress)
     work.source = source or type(model).__name__
-    work.fingerprint = fingerprint
+    work.fingerprint = fingerprint or weights_fingerprint(original)
+    work.original_dtype = next(p.dtype for p in original.parameters() if p.is_floating_point())
     return work.run(resume)
 
 
@@ -169,7 +185,8 @@ class _Scan:
     """One call of :func:`scan`."""
 
     source = ""
-    fingerprint: str | None = None
+    fingerprint = ""
+    original_dtype = torch.float32
     symmetries: Sequence[Any] = ()
 
     def __init__(
@@ -190,6 +207,8 @@ class _Scan:
         self.seconds: dict[str, float] = {}
         self.notes: list[str] = []
         self.head = self._head()
+        self.readout: Readout | None = None
+        self.ray_inputs: Any = None
 
     def _head(self) -> str | None:
         categorical = isinstance(self.settings.likelihood, likelihoods.Categorical)
@@ -205,14 +224,11 @@ class _Scan:
 
     def identity(self) -> dict[str, Any]:
         """What a scan on disk must agree with to be gone on with."""
-        from deaddir_fast.scan.load_model import fingerprint
-
-        if self.fingerprint is None:
-            self.fingerprint = fingerprint(self.model)
         o = self.options
         return {
             "model": self.fingerprint,
             "data": self.data.fingerprint,
+            "activations": str(self.dtype).removeprefix("torch."),
             **{k: v for k, v in describe(self.settings).items() if k != "versions"},
             "layers": list(self.survey.layers),
             "directions_per_layer": o.directions,
@@ -314,22 +330,16 @@ class _Scan:
         matrix = (f.A if which == "A" else f.G).to(self.device)
         relative = rounding(self.dtype, sums, width)
         try:
-            return spectrum(
-                matrix, relative=relative, limit=limit * layer.groups, form=form
-            )
+            return spectrum(matrix, relative=relative, limit=limit * layer.groups, form=form)
         except Exception as error:
             if not out_of_memory(error):
                 raise
         return spectrum(matrix.cpu(), relative=relative, limit=limit * layer.groups, form=form)
 
-    def _nulls(
-        self, spectra: dict[str, tuple[Spectrum, Spectrum]]
-    ) -> dict[str, tuple[Null, Null]]:
+    def _nulls(self, spectra: dict[str, tuple[Spectrum, Spectrum]]) -> dict[str, tuple[Null, Null]]:
         generator = torch.Generator().manual_seed(self.settings.seed)
         most = max(1, min(len(self.data), 4))
-        made_up = [
-            made_up_like(self.data[i].inputs, self.survey, generator) for i in range(most)
-        ]
+        made_up = [made_up_like(self.data[i].inputs, self.survey, generator) for i in range(most)]
         once = replace(self.settings, fisher="mc", draws=1)
         return split_nulls(self.model, self.survey, spectra, made_up, once)
 
@@ -342,9 +352,7 @@ class _Scan:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             try:
-                twin, dtype = reading_copy(self.model, READ_IN_FP64)
-                inputs = cast(slice_batch(self.data[0].inputs, 0, 16), dtype)
-                self.symmetries = find(twin.model, inputs)
+                self.symmetries = find(self.model, slice_batch(self.data[0].inputs, 0, 16))
             except Exception as error:
                 self.notes.append(f"the search for symmetries failed: {error}")
                 return []
@@ -383,7 +391,6 @@ class _Scan:
         advance: Any,
     ) -> dict[str, list[dict[str, Any]]]:
         readings: dict[str, list[dict[str, Any]]] = {}
-        self.readout: Readout | None = None
         for index, (name, f) in enumerate(factors.items()):
             kept = store.load_layer(index)
             if kept is not None and kept.get("name") == name:
@@ -410,20 +417,19 @@ class _Scan:
 
     def _reading_model(self) -> tuple[Readout, Any]:
         if self.readout is None:
-            self.readout, dtype = reading_copy(self.model, READ_IN_FP64)
-            few = self._few()
+            few = slice_batch(self.data[0].inputs, 0, self.options.ray_samples)
+            dtype = self.dtype
+            model = self.model
+            if dtype not in (torch.float32, torch.float64):
+                dtype = torch.float32
+                model = reading_copy(model, dtype)
+            self.readout = Readout(model).eval()
             self.ray_inputs = cast(few, dtype)
             if dtype != torch.float64:
                 self.notes.append("rays are read in fp32: the model is too large for fp64")
         return self.readout, self.ray_inputs
 
-    def _few(self) -> Any:
-        inputs = self.data[0].inputs
-        return slice_batch(inputs, 0, min(self.options.ray_samples, batch_size(inputs)))
-
-    def _measure(
-        self, name: str, f: LayerFactors, chosen: list[Candidate]
-    ) -> list[dict[str, Any]]:
+    def _measure(self, name: str, f: LayerFactors, chosen: list[Candidate]) -> list[dict[str, Any]]:
         readout, inputs = self._reading_model()
         layer = self.survey.layers[name]
         try:
@@ -436,6 +442,7 @@ class _Scan:
                 self.settings.likelihood,
                 eps=torch.finfo(self.dtype).eps,
                 factors=(f.A, f.G),
+                jets=self.dtype == torch.float64,
             )
         except (ValueError, NotImplementedError) as error:
             self.notes.append(f"{name}: no rays: {error}")
@@ -507,8 +514,14 @@ class _Scan:
                 cost = replace(cost, seconds=seconds, share_of_bound=work / rate / seconds)
             layers.append(
                 layer_report(
-                    self.survey, f, spectra[name], self.nulls_found.get(name), readings[name], depth,
-                    asdict(cost), head=name == self.head,
+                    self.survey,
+                    f,
+                    spectra[name],
+                    self.nulls_found.get(name),
+                    readings[name],
+                    depth,
+                    asdict(cost),
+                    head=name == self.head,
                 )
             )  # fmt: skip
         o = self.options
@@ -525,7 +538,7 @@ class _Scan:
                 "source": self.source,
                 "class": type(self.model).__name__,
                 "parameters": sum(p.numel() for p in self.model.parameters()),
-                "dtype": str(self.dtype).removeprefix("torch."),
+                "dtype": str(self.original_dtype).removeprefix("torch."),
                 "fingerprint": self.fingerprint,
             },
             "data": {
@@ -540,6 +553,7 @@ class _Scan:
                 "fisher": self.settings.fisher,
                 "draws": self.settings.draws,
                 "seed": self.settings.seed,
+                "activations": str(self.dtype).removeprefix("torch."),
                 "sums": str(self.settings.dtype).removeprefix("torch."),
                 "directions_per_layer": o.directions,
                 "radii": o.radii.tolist(),
@@ -581,7 +595,8 @@ class _Scan:
 def _device(device: torch.device) -> str:
     if device.type == "cuda":
         return f"cuda: {torch.cuda.get_device_name(device)}"
-    return f"{device.type}: {platform.processor() or platform.machine()}, {torch.get_num_threads()} threads"
+    machine = platform.processor() or platform.machine()
+    return f"{device.type}: {machine}, {torch.get_num_threads()} threads"
 
 
 def _peak(device: torch.device) -> int:

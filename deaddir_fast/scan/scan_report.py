@@ -11,7 +11,7 @@ from rich.table import Table
 from safetensors import safe_open
 from torch import Tensor
 
-from deaddir_fast.scan.read_report import read_report
+from deaddir_fast.scan.read_report import read
 
 
 @dataclass(frozen=True)
@@ -33,7 +33,7 @@ class ScanReport:
         Raises:
             ValueError: it holds no finished scan of this version.
         """
-        return cls(Path(folder), read_report(Path(folder)))
+        return cls(Path(folder), read(Path(folder)).report)
 
     @property
     def layers(self) -> dict[str, dict[str, Any]]:

@@ -63,15 +63,16 @@ class Store:
         if head.exists():
             self._check(head)
         else:
-            if folder.exists() and any(p.name != ".gitkeep" for p in folder.iterdir()):
-                if not folder.is_dir() or not self._ours():
-                    raise ValueError(
-                        f"out: {str(folder)!r} is not empty and holds no scan; expected a new folder"
-                    )
+            if folder.exists() and not self._ours():
+                raise ValueError(
+                    f"out: {str(folder)!r} is not empty and holds no scan; expected a new folder"
+                )
             content = {"schema": SCHEMA, "settings": self.settings}
             replace_file(head, lambda path: path.write_text(to_json(content), encoding="utf-8"))
 
     def _ours(self) -> bool:
+        if not self.folder.is_dir():
+            return False
         names = {p.name for p in self.folder.iterdir()}
         return names <= {"state", ".scan.json.partial"}
 
