@@ -31,6 +31,8 @@ from deaddir_fast.reading import (
     sectional_curvature,
     weighted_bound,
 )
+from deaddir_fast.scan.run import scan
+from deaddir_fast.scan.scan_report import ScanReport
 from deaddir_fast.theory.rate import RateFit, fit_rate
 
 __version__ = "0.1.0"
@@ -50,6 +52,7 @@ __all__ = [
     "RateFit",
     "RayCurvature",
     "RayOrders",
+    "ScanReport",
     "SchurCurvature",
     "Triple",
     "WeightedBound",
@@ -66,6 +69,7 @@ __all__ = [
     "ray_curvature",
     "ray_orders",
     "read_triple",
+    "scan",
     "schur_curvature",
     "sectional_curvature",
     "theory",

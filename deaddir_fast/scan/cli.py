@@ -1,4 +1,4 @@
-"""The command line: ``deaddir demo``, ``predict``, ``compare``, ``doctor``.
+"""The command line: ``deaddir demo``, ``scan``, ``predict``, ``compare``, ``doctor``.
 
 Heavy imports wait for a command.
 """
@@ -66,6 +66,74 @@ def demo(
     if wrong:
         typer.echo(f"error: not as mathematics says: {', '.join(wrong)}", err=True)
         raise typer.Exit(1)
+
+
+@app.command()
+def scan(
+    model: str = typer.Argument(
+        ...,
+        metavar="MODEL",
+        help="A Hugging Face folder or id (safetensors only), or module:callable or "
+        "file.py:callable for a function that returns an nn.Module.",
+    ),
+    data: Path = typer.Option(
+        ..., "--data", "-d", help="Text, .jsonl, or token ids or features as .npy or .safetensors."
+    ),
+    out: Path = typer.Option(..., "--out", "-o", help="Folder of the scan; run again to go on."),
+    likelihood: str | None = typer.Option(
+        None, "--likelihood", help="categorical, gaussian, bernoulli or poisson; by its head."
+    ),
+    fisher: str = typer.Option("mc", "--fisher", help="exact, mc or empirical."),
+    layers: list[str] | None = typer.Option(
+        None, "--layers", "-l", help="Name or pattern of layers, e.g. '*.mlp.*'; repeatable."
+    ),
+    directions: int = typer.Option(3, "--directions", "-k", min=0, help="Rays in each layer."),
+    batch: int = typer.Option(16, "--batch", "-b", min=1, help="Samples of a batch."),
+    length: int | None = typer.Option(None, "--length", min=1, help="Most tokens of a sample."),
+    samples: int | None = typer.Option(None, "--samples", "-n", min=1, help="Draw this many."),
+    draws: int = typer.Option(1, "--draws", min=1, help="Labels drawn for each output (mc)."),
+    seed: int = typer.Option(0, "--seed", min=0, help="Seed of every random draw."),
+    ray_samples: int = typer.Option(8, "--ray-samples", min=1, help="Samples rays are read on."),
+    shards: int | None = typer.Option(None, "--shards", min=1, help="Parts kept on disk one by one."),
+    device: str | None = typer.Option(None, "--device", help="cpu, cuda, cuda:1; cuda if there is."),
+    dtype: str | None = typer.Option(None, "--dtype", help="Load weights as float32, bfloat16 …"),
+    offline: bool = typer.Option(False, "--offline", help="Download nothing."),
+    strict: bool = typer.Option(False, "--strict", help="Fail where a parameter has no rule."),
+    fresh: bool = typer.Option(False, "--fresh", help="Remove an old scan in the folder first."),
+    dry_run: bool = typer.Option(False, "--dry-run", help="Print time and memory, load nothing."),
+    explain: bool = typer.Option(False, "--explain", help="Print what each layer's factors took."),
+) -> None:
+    """Read every layer of a model: spectra, dead directions, orders, a bound on λ.
+
+    Writes report.html, report.json and spectra.safetensors to the folder. Interrupted, the same
+    command goes on where it stopped.
+    """
+    from rich.console import Console
+
+    from deaddir_fast.scan import command
+
+    console = Console()
+    request = command.Request(
+        model, data, out, likelihood, fisher, layers or None, directions, batch, length, samples,
+        draws, seed, ray_samples, shards, device, dtype, offline, strict, fresh,
+    )  # fmt: skip
+    try:
+        if dry_run:
+            command.estimate(request, console)
+            return
+        report = command.run(request, console)
+    except KeyboardInterrupt:
+        typer.echo("interrupted; run the same command to go on", err=True)
+        raise typer.Exit(130) from None
+    except OSError as error:
+        typer.echo(f"error: {error.strerror or error}: {error.filename or out}", err=True)
+        typer.echo("what was done is kept; run the same command to go on", err=True)
+        raise typer.Exit(1) from None
+    except (ValueError, TypeError, ImportError, AttributeError) as error:
+        typer.echo(f"error: {error}", err=True)
+        raise typer.Exit(2) from None
+    if explain:
+        report.explain(console)
 
 
 @app.command()
