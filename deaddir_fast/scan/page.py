@@ -132,20 +132,28 @@ def section(title: str, *parts: str, identity: str = "") -> Html:
 
 
 def picture(svg: str, key: str, title: str, caption: str) -> Html:
-    """An SVG document inlined, its ids made unique by ``key``, with a caption and a text for those
-    who do not see it.
+    """An SVG document inlined, its ids made unique by ``key``, with a title and a caption.
 
     The ink of the pictures becomes the colour of the text, so that they read on dark paper too.
     """
     from deaddir_fast.scan.plots import INK, LIVE
 
+    colours = {INK: "currentColor", "#ffffff": "var(--paper)", LIVE.lower(): "var(--blue)"}
+
+    def rewrite(found: re.Match[str]) -> str:
+        tag = found[0]
+        if tag.startswith("<image"):  # equal colour bars come with equal ids, never referred to
+            tag = re.sub(r' id="[^"]*"', "", tag)
+        tag = re.sub(r'\bid="([^"]+)"', rf'id="{key}-\1"', tag)
+        tag = re.sub(r"url\(#([^)]+)\)", rf"url(#{key}-\1)", tag)
+        tag = re.sub(r'href="#([^"]+)"', rf'href="#{key}-\1"', tag)
+        for colour, variable in colours.items():
+            tag = tag.replace(colour, variable)
+        return tag
+
     svg = svg[svg.index("<svg") :]
     svg = re.sub(r"<defs>\s*<style[^>]*>\*\{[^<]*</style>\s*</defs>", "", svg)
-    svg = re.sub(r'\bid="([^"]+)"', rf'id="{key}-\1"', svg)
-    svg = re.sub(r"url\(#([^)]+)\)", rf"url(#{key}-\1)", svg)
-    svg = re.sub(r'href="#([^"]+)"', rf'href="#{key}-\1"', svg)
-    svg = svg.replace(INK, "currentColor").replace("#ffffff", "var(--paper)")
-    svg = svg.replace(LIVE.lower(), "var(--blue)")
+    svg = re.sub(r"<[^>]*>", rewrite, svg)  # tags only: a name may look like an attribute
     svg = svg.replace("<svg ", f'<svg role="img" aria-labelledby="{key}-title" ', 1)
     end = svg.index(">", svg.index("<svg")) + 1
     svg = f'{svg[:end]}<title id="{key}-title">{safe(title)}</title>{svg[end:]}'
