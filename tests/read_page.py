@@ -68,7 +68,8 @@ def assert_loads_nothing(text, found):
     assert "@import" not in text and not re.search(r"url\((?!#)", text)
     ids = [attributes["id"] for _, attributes in found.elements if "id" in attributes]
     assert len(ids) == len(set(ids))
-    links = [a["href"][1:] for a in found.of("a")] + [
-        m for m in re.findall(r"url\(#([^)]+)\)", text)
-    ]
+    links = [a["href"][1:] for a in found.of("a")]
+    for _, attributes in found.elements:
+        for value in attributes.values():
+            links += re.findall(r"url\(#([^)]+)\)", value or "")
     assert set(links) <= set(ids)

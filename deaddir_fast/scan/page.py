@@ -166,10 +166,6 @@ CSS = """
 @media (prefers-color-scheme: dark) { :root { --paper: #17191c; --ink: #e8e8e8; --soft: #a9adb3;
   --line: #3b3f45; --wash: #22262b; --link: #7cc4f0; --warn: #f0b45c;
   --blue: #3b9fdb; } }
-@media print { :root { --paper: #fff; --ink: #000; --soft: #444; --line: #bbb; --wash: #fff;
-  --link: #000; --warn: #000; --blue: #0072B2; } .filter { display: none; }
-  figure, tr { break-inside: avoid; }
-  h2, h3 { break-after: avoid; } .wide { overflow: visible; } body { font-size: 9pt; } }
 body { background: var(--paper); color: var(--ink); font: 15px/1.5 system-ui, "DejaVu Sans",
   sans-serif; margin: 0 auto; max-width: 82rem; padding: 1.5rem; }
 h1 { font-size: 1.6rem; margin: 0 0 .3rem; overflow-wrap: anywhere; }
@@ -204,6 +200,12 @@ summary { cursor: pointer; overflow-wrap: anywhere; }
 figure { margin: 1rem 0; } figure svg { max-width: 100%; height: auto; display: block; }
 figcaption { font-size: .87rem; max-width: 60rem; }
 nav a { margin-right: 1rem; }
+@page { size: landscape; margin: 1cm; }
+@media print { :root { --paper: #fff; --ink: #000; --soft: #444; --line: #bbb; --wash: #fff;
+  --link: #000; --warn: #000; --blue: #0072B2; }
+  body { font-size: 9pt; max-width: none; padding: 0; } nav, .filter { display: none; }
+  figure svg { max-height: 15cm; } table { font-size: 7pt; } th, td { padding: .1rem .3rem; } .wide { overflow: visible; }
+  figure, tr { break-inside: avoid; } h2, h3 { break-after: avoid; } }
 """
 
 SCRIPT = """
