@@ -204,7 +204,8 @@ nav a { margin-right: 1rem; }
 @media print { :root { --paper: #fff; --ink: #000; --soft: #444; --line: #bbb; --wash: #fff;
   --link: #000; --warn: #000; --blue: #0072B2; }
   body { font-size: 9pt; max-width: none; padding: 0; } nav, .filter { display: none; }
-  figure svg { max-height: 15cm; } table { font-size: 7pt; } th, td { padding: .1rem .3rem; } .wide { overflow: visible; }
+  figure svg { max-height: 15cm; } .wide { overflow: visible; }
+  table { font-size: 7pt; } th, td { padding: .1rem .3rem; }
   figure, tr { break-inside: avoid; } h2, h3 { break-after: avoid; } }
 """
 
