@@ -2,11 +2,8 @@
 //
 //   out_p = mean_n ( sum_t (g_nt . v_p) (a_nt . w_p) )^2     a (n, t, i), g (n, t, o), v (p, o), w (p, i)
 //
-// Bounds. 2 n t p (i + o) FLOP; b n t (i + o) bytes: bound by memory for p below some tens. a and g
-// are read once for all p and nothing is packed: rows meet rows, some of each in registers.
-//
-// Sums run in fp64 if any input is fp64, else in fp32 over inputs and outputs and fp64 over tokens and
-// samples. The result depends on values, shapes and instruction set, not on the number of threads.
+// The scores of directional_scores_rank1.h, squared and summed as they come; bounds and order of sums
+// are stated there.
 #pragma once
 
 #include <cstdint>

@@ -1,6 +1,8 @@
 // Each operation, sent to the instruction set in use.
 #include "directional_curvature.h"
 #include "directional_curvature_rank1.h"
+#include "directional_scores.h"
+#include "directional_scores_rank1.h"
 #include "fma_peak.h"
 #include "gram.h"
 #include "isa.h"
@@ -39,6 +41,8 @@ namespace ddf {
 
 DDF_DISPATCH(directional_curvature, DirectionalCurvature)
 DDF_DISPATCH(directional_curvature_rank1, DirectionalCurvatureRank1)
+DDF_DISPATCH(directional_scores, DirectionalScores)
+DDF_DISPATCH(directional_scores_rank1, DirectionalScoresRank1)
 DDF_DISPATCH(fma_peak, FmaPeak)
 DDF_DISPATCH(gram, Gram)
 DDF_DISPATCH(kron_matvec, KronMatvec)

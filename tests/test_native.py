@@ -290,6 +290,23 @@ def test_bad_arguments_are_named(
 
 
 @needs_extension
+@pytest.mark.parametrize(
+    ("out", "message"),
+    [
+        (torch.zeros(2), r"out: .*\(p, n\)"),
+        (torch.zeros(4, 2), "out: .*size 2 in dimension 0 .the directions of U"),
+        (torch.zeros(2, 3), "out: .*size 4 in dimension 1 .the samples of a"),
+        (torch.zeros(2, 4), "out: .*float64, as an input is"),
+        (torch.zeros(4, 2).mT, "out: .*a contiguous tensor"),
+    ],
+)
+def test_bad_results_of_scores_are_named(out: Tensor, message: str) -> None:
+    C.directional_scores(**{**_good(), "out": torch.zeros(2, 4).double()})  # the rest is in order
+    with pytest.raises(ValueError, match=message):
+        C.directional_scores(**{**_good(), "out": out})
+
+
+@needs_extension
 def test_tensors_elsewhere_or_without_storage_are_refused() -> None:
     for tensor in (torch.zeros(4, 3, 6, device="meta"), torch.eye(6).to_sparse()):
         with pytest.raises(TypeError, match=r"a: expected a CPU tensor.*got Tensor of.*\)$"):

@@ -1,8 +1,12 @@
-"""Directional curvature from the samples of a layer, along full-rank and rank-one directions."""
+"""Scores of the samples of a layer and their mean squares, along full-rank and rank-one directions.
+
+The formulations give scores (n, p); an operation wants them by direction, or their mean squares.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -20,6 +24,11 @@ def _samples(s: Sizes, draw: Draw) -> tuple[Tensor, Tensor]:
 def _mean_square(scores: Tensor) -> Tensor:
     """Scores (n, p) to curvatures (p,)."""
     return wide(scores).square().mean(0)
+
+
+def _by_direction(scores: Tensor) -> Tensor:
+    """Scores (n, p) to (p, n)."""
+    return wide(scores).mT
 
 
 # ------------------------------------------------------------------------------------- full rank
@@ -40,18 +49,18 @@ def _one_matmul(a: Tensor, g: Tensor, U: Tensor) -> Tensor:
     n = a.shape[0]
     mapped = (a.reshape(-1, i) @ U.reshape(p * o, i).mT).view(-1, p, o)
     scores = (mapped * g.reshape(-1, 1, o)).sum(-1, dtype=wide(g).dtype)
-    return _mean_square(scores.view(n, -1, p).sum(1))
+    return scores.view(n, -1, p).sum(1)
 
 
 def _matmul_then_bmm(a: Tensor, g: Tensor, U: Tensor) -> Tensor:
     p, o, i = U.shape
     mapped = (a @ U.reshape(p * o, i).mT).view(-1, p, o)
-    return _mean_square(torch.bmm(mapped, g[:, :, None])[..., 0])
+    return torch.bmm(mapped, g[:, :, None])[..., 0]
 
 
 def _bmm(a: Tensor, g: Tensor, U: Tensor) -> Tensor:
     mapped = torch.bmm(a.expand(U.shape[0], *a.shape), U.mT)
-    return _mean_square((mapped * g).sum(-1, dtype=wide(g).dtype).mT)
+    return (mapped * g).sum(-1, dtype=wide(g).dtype).mT
 
 
 def _loop(a: Tensor, g: Tensor, U: Tensor) -> Tensor:
@@ -59,11 +68,11 @@ def _loop(a: Tensor, g: Tensor, U: Tensor) -> Tensor:
     for u in U:
         product = (a @ u.mT) * g
         scores.append(product.flatten(1).sum(1, dtype=wide(g).dtype))
-    return _mean_square(torch.stack(scores, 1))
+    return torch.stack(scores, 1)
 
 
 def _einsum(a: Tensor, g: Tensor, U: Tensor) -> Tensor:
-    return _mean_square(torch.einsum("no,poi,ni->np", g, U, a))
+    return torch.einsum("no,poi,ni->np", g, U, a)
 
 
 def _outer(a: Tensor, g: Tensor, U: Tensor) -> Tensor:
@@ -72,7 +81,7 @@ def _outer(a: Tensor, g: Tensor, U: Tensor) -> Tensor:
         (g[some, :, None] * a[some, None, :]).flatten(1) @ directions
         for some in chunks(a.shape[0], 64)
     ]
-    return _mean_square(torch.cat(scores))
+    return torch.cat(scores)
 
 
 FORMS = (
@@ -87,7 +96,7 @@ FORMS = (
 
 def _tokens_first(a: Tensor, g: Tensor, U: Tensor) -> Tensor:
     gradient = torch.einsum("nto,nti->noi", g, a)
-    return _mean_square(gradient.flatten(1) @ U.flatten(1).mT)
+    return gradient.flatten(1) @ U.flatten(1).mT
 
 
 def _tokens_first_in_chunks(a: Tensor, g: Tensor, U: Tensor) -> Tensor:
@@ -95,11 +104,11 @@ def _tokens_first_in_chunks(a: Tensor, g: Tensor, U: Tensor) -> Tensor:
     scores = [
         torch.bmm(g[some].mT, a[some]).flatten(1) @ directions for some in chunks(a.shape[0], 4)
     ]
-    return _mean_square(torch.cat(scores))
+    return torch.cat(scores)
 
 
 def _token_einsum(a: Tensor, g: Tensor, U: Tensor) -> Tensor:
-    return _mean_square(torch.einsum("nto,poi,nti->np", g, U, a))
+    return torch.einsum("nto,poi,nti->np", g, U, a)
 
 
 TOKEN_FORMS = (
@@ -114,15 +123,15 @@ TOKEN_FORMS = (
 def _truth(a: Tensor, g: Tensor, U: Tensor) -> Tensor:
     """Direction by direction, or with tokens from the gradient of each sample."""
     if a.ndim == 2:
-        means = [((a @ u.mT) * g).sum(1).square().mean() for u in U]
-        return torch.stack(means) if means else U.new_zeros(0)
+        scores = [((a @ u.mT) * g).sum(1) for u in U]
+        return torch.stack(scores, 1) if scores else a.new_zeros(a.shape[0], 0)
     directions = U.flatten(1).mT
     step = 2**28 // max(1, U[0].numel() if len(U) else 1)
     scores = [
         torch.einsum("nto,nti->noi", g[some], a[some]).flatten(1) @ directions
         for some in chunks(a.shape[0], step)
     ]
-    return torch.cat(scores).square().mean(0)
+    return torch.cat(scores)
 
 
 # -------------------------------------------------------------------------------------- rank one
@@ -139,18 +148,18 @@ def _over_tokens(score: Tensor) -> Tensor:
 
 
 def _two_matmuls(a: Tensor, g: Tensor, v: Tensor, w: Tensor) -> Tensor:
-    return _mean_square(_over_tokens(wide(g @ v.mT) * wide(a @ w.mT)))
+    return _over_tokens(wide(g @ v.mT) * wide(a @ w.mT))
 
 
 def _transposed(a: Tensor, g: Tensor, v: Tensor, w: Tensor) -> Tensor:
     n, p = a.shape[0], v.shape[0]
     left, right = v @ g.reshape(-1, g.shape[-1]).mT, w @ a.reshape(-1, a.shape[-1]).mT
-    return _mean_square((wide(left) * wide(right)).view(p, n, -1).sum(-1).mT)
+    return (wide(left) * wide(right)).view(p, n, -1).sum(-1).mT
 
 
 def _bmm_over_tokens(a: Tensor, g: Tensor, v: Tensor, w: Tensor) -> Tensor:
     left, right = g @ v.mT, a @ w.mT
-    return _mean_square(torch.einsum("ntp,ntp->np", left, right))
+    return torch.einsum("ntp,ntp->np", left, right)
 
 
 RANK1_FORMS = (
@@ -165,7 +174,7 @@ RANK1_TOKEN_FORMS = (
 
 def _rank1_truth(a: Tensor, g: Tensor, v: Tensor, w: Tensor) -> Tensor:
     a, g = (x[:, None] if x.ndim == 2 else x for x in (a, g))
-    return ((g @ v.mT) * (a @ w.mT)).sum(1).square().mean(0)
+    return ((g @ v.mT) * (a @ w.mT)).sum(1)
 
 
 def _rank1_flops(s: Sizes) -> float:
@@ -188,37 +197,40 @@ SMALL_TOKENS: tuple[Sizes, ...] = (
 
 def _pair(
     op: str,
+    finish: Callable[[Tensor], Tensor],
     build: Callable[[Sizes, Draw], tuple[Any, ...]],
-    ours: Callable[..., Tensor],
     truth: Callable[..., Tensor],
     flops: Callable[[Sizes], float],
     forms: tuple[Form, ...],
     token_forms: tuple[Form, ...],
 ) -> tuple[Problem, Problem]:
-    """An operation without and with a token dimension."""
-    return (
-        Problem(op, op, build, ours, truth, flops, SMALL, True, forms),
-        Problem(f"{op}_tokens", op, build, ours, truth, flops, SMALL_TOKENS, True, token_forms),
-    )
+    """An operation without and with a token dimension; ``finish`` makes its result of scores."""
 
+    def finished(scores: Callable[..., Tensor]) -> Callable[..., Tensor]:
+        return lambda *args: finish(scores(*args))
+
+    def problem(name: str, small: tuple[Sizes, ...], forms: tuple[Form, ...]) -> Problem:
+        return Problem(
+            name,
+            op,
+            build,
+            getattr(ops, op),
+            finished(truth),
+            flops,
+            small,
+            finish is _mean_square,
+            tuple(replace(form, run=finished(form.run)) for form in forms),
+        )
+
+    return problem(op, SMALL, forms), problem(f"{op}_tokens", SMALL_TOKENS, token_forms)
+
+
+_FULL = (_build, _truth, _flops, FORMS, TOKEN_FORMS)
+_RANK1 = (_build_rank1, _rank1_truth, _rank1_flops, RANK1_FORMS, RANK1_TOKEN_FORMS)
 
 PROBLEMS = (
-    *_pair(
-        "directional_curvature",
-        _build,
-        ops.directional_curvature,
-        _truth,
-        _flops,
-        FORMS,
-        TOKEN_FORMS,
-    ),
-    *_pair(
-        "directional_curvature_rank1",
-        _build_rank1,
-        ops.directional_curvature_rank1,
-        _rank1_truth,
-        _rank1_flops,
-        RANK1_FORMS,
-        RANK1_TOKEN_FORMS,
-    ),
+    *_pair("directional_curvature", _mean_square, *_FULL),
+    *_pair("directional_curvature_rank1", _mean_square, *_RANK1),
+    *_pair("directional_scores", _by_direction, *_FULL),
+    *_pair("directional_scores_rank1", _by_direction, *_RANK1),
 )

@@ -9,6 +9,8 @@ knows of networks.
 from deaddir_fast.ops import _registry  # noqa: F401 # registers torch.ops.deaddir
 from deaddir_fast.ops.directional_curvature import directional_curvature
 from deaddir_fast.ops.directional_curvature_rank1 import directional_curvature_rank1
+from deaddir_fast.ops.directional_scores import directional_scores
+from deaddir_fast.ops.directional_scores_rank1 import directional_scores_rank1
 from deaddir_fast.ops.gram import gram
 from deaddir_fast.ops.gram_packed import gram_packed
 from deaddir_fast.ops.kron_matvec import kron_matvec
@@ -22,6 +24,8 @@ from deaddir_fast.ops.softmax_kl import softmax_kl
 __all__ = [
     "directional_curvature",
     "directional_curvature_rank1",
+    "directional_scores",
+    "directional_scores_rank1",
     "gram",
     "gram_packed",
     "kron_matvec",

@@ -27,6 +27,8 @@ TABLE: tuple[tuple[str, str], ...] = (
     # the samples of one layer
     ("directional_curvature", "(Tensor a, Tensor g, Tensor U) -> Tensor"),
     ("directional_curvature_rank1", "(Tensor a, Tensor g, Tensor v, Tensor w) -> Tensor"),
+    ("directional_scores", "(Tensor a, Tensor g, Tensor U) -> Tensor"),
+    ("directional_scores_rank1", "(Tensor a, Tensor g, Tensor v, Tensor w) -> Tensor"),
     # categorical outputs
     ("softmax_fisher", "(Tensor logits, Tensor tangent) -> Tensor"),
     (

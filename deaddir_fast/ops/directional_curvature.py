@@ -16,39 +16,16 @@ Source: Dead Directions (arXiv 2606.05957), uFu along a direction; the contracti
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
-from deaddir_fast import _check
-from deaddir_fast.ops._blocks import accumulation, blocks
+from deaddir_fast.ops._blocks import accumulation
 from deaddir_fast.ops._dispatch import call
+from deaddir_fast.ops.directional_scores import by_sample, check
 
 
 def reference(a: Tensor, g: Tensor, U: Tensor) -> Tensor:
     """Return the mean squared score along each direction in plain torch."""
-    dtype = accumulation(a, g, U)
-    a, g = with_tokens(a), with_tokens(g)
-    n, t, i = a.shape
-    p, o, _ = U.shape
-    directions = U.to(dtype)
-    gradient_first = t * p > t + p
-    parts = []
-    for some in blocks(n, (o * i if gradient_first else 2 * t * p * o) * dtype.itemsize):
-        x, y = a[some].to(dtype), g[some].to(dtype)
-        m = x.shape[0]
-        if gradient_first:
-            gradient = (y.mT @ x).reshape(m, o * i)
-            scores = gradient @ directions.reshape(p, o * i).mT
-        else:
-            mapped = x.reshape(m * t, i) @ directions.reshape(p * o, i).mT
-            scores = (mapped.reshape(m, t, p, o) * y[:, :, None]).sum((1, 3))
-        parts.append(scores)
-    return torch.cat(parts).square().mean(0)
-
-
-def with_tokens(x: Tensor) -> Tensor:
-    """Return (n, t, i), with one token where there is no token dimension."""
-    return x[:, None] if x.ndim == 2 else x
+    return by_sample(a, g, U).square().mean(0)
 
 
 def fake(a: Tensor, g: Tensor, U: Tensor) -> Tensor:
@@ -71,21 +48,5 @@ def directional_curvature(a: Tensor, g: Tensor, U: Tensor) -> Tensor:
         ValueError, TypeError: an argument of the wrong kind, shape, dtype or device.
         RuntimeError: a tensor requires grad; no gradient is defined.
     """
-    _check.tensor("U", U, ndim=3)
-    check_samples(a, g)
-    _check.size("U", U, 1, g.shape[-1], "the outputs of g")
-    _check.size("U", U, 2, a.shape[-1], "the inputs of a")
-    _check.same_device(a=a, g=g, U=U)
-    _check.no_gradient(a=a, g=g, U=U)
+    check(a, g, U)
     return call("directional_curvature", a, g, U)
-
-
-def check_samples(a: Tensor, g: Tensor) -> None:
-    """Check that inputs and scores of a layer belong to the same samples and tokens."""
-    _check.tensor("a", a, ndim=(2, 3))
-    _check.tensor("g", g, ndim=(2, 3))
-    if g.ndim != a.ndim:
-        raise _check.fail("g", g, f"{a.ndim} dimensions, as a has")
-    _check.size("g", g, 0, a.shape[0], "the samples of a")
-    if a.ndim == 3:
-        _check.size("g", g, 1, a.shape[1], "the tokens of a")

@@ -12,25 +12,16 @@ Source: Dead Directions (arXiv 2606.05957), per-layer directions g_min a_min^T.
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
-from deaddir_fast import _check
-from deaddir_fast.ops._blocks import accumulation, blocks
+from deaddir_fast.ops._blocks import accumulation
 from deaddir_fast.ops._dispatch import call
-from deaddir_fast.ops.directional_curvature import check_samples, with_tokens
+from deaddir_fast.ops.directional_scores_rank1 import by_sample, check
 
 
 def reference(a: Tensor, g: Tensor, v: Tensor, w: Tensor) -> Tensor:
     """Return the mean squared score along each direction in plain torch."""
-    dtype = accumulation(a, g, v, w)
-    a, g, v, w = with_tokens(a), with_tokens(g), v.to(dtype), w.to(dtype)
-    n, t, i = a.shape
-    each = t * (i + g.shape[2] + 3 * v.shape[0]) * dtype.itemsize
-    parts = []
-    for some in blocks(n, each):
-        parts.append(((g[some].to(dtype) @ v.mT) * (a[some].to(dtype) @ w.mT)).sum(1))
-    return torch.cat(parts).square().mean(0)
+    return by_sample(a, g, v, w).square().mean(0)
 
 
 def fake(a: Tensor, g: Tensor, v: Tensor, w: Tensor) -> Tensor:
@@ -54,12 +45,5 @@ def directional_curvature_rank1(a: Tensor, g: Tensor, v: Tensor, w: Tensor) -> T
         ValueError, TypeError: an argument of the wrong kind, shape, dtype or device.
         RuntimeError: a tensor requires grad; no gradient is defined.
     """
-    check_samples(a, g)
-    _check.tensor("v", v, ndim=2)
-    _check.tensor("w", w, ndim=2)
-    _check.size("w", w, 0, v.shape[0], "one row for each row of v")
-    _check.size("v", v, 1, g.shape[-1], "the outputs of g")
-    _check.size("w", w, 1, a.shape[-1], "the inputs of a")
-    _check.same_device(a=a, g=g, v=v, w=w)
-    _check.no_gradient(a=a, g=g, v=v, w=w)
+    check(a, g, v, w)
     return call("directional_curvature_rank1", a, g, v, w)

@@ -132,20 +132,28 @@ def section(title: str, *parts: str, identity: str = "") -> Html:
 
 
 def picture(svg: str, key: str, title: str, caption: str) -> Html:
-    """An SVG document inlined, its ids made unique by ``key``, with a caption and a text for those
-    who do not see it.
+    """An SVG document inlined, its ids made unique by ``key``, with a title and a caption.
 
     The ink of the pictures becomes the colour of the text, so that they read on dark paper too.
     """
     from deaddir_fast.scan.plots import INK, LIVE
 
+    colours = {INK: "currentColor", "#ffffff": "var(--paper)", LIVE.lower(): "var(--blue)"}
+
+    def rewrite(found: re.Match[str]) -> str:
+        tag = found[0]
+        if tag.startswith("<image"):  # equal colour bars come with equal ids, never referred to
+            tag = re.sub(r' id="[^"]*"', "", tag)
+        tag = re.sub(r'\bid="([^"]+)"', rf'id="{key}-\1"', tag)
+        tag = re.sub(r"url\(#([^)]+)\)", rf"url(#{key}-\1)", tag)
+        tag = re.sub(r'href="#([^"]+)"', rf'href="#{key}-\1"', tag)
+        for colour, variable in colours.items():
+            tag = tag.replace(colour, variable)
+        return tag
+
     svg = svg[svg.index("<svg") :]
     svg = re.sub(r"<defs>\s*<style[^>]*>\*\{[^<]*</style>\s*</defs>", "", svg)
-    svg = re.sub(r'\bid="([^"]+)"', rf'id="{key}-\1"', svg)
-    svg = re.sub(r"url\(#([^)]+)\)", rf"url(#{key}-\1)", svg)
-    svg = re.sub(r'href="#([^"]+)"', rf'href="#{key}-\1"', svg)
-    svg = svg.replace(INK, "currentColor").replace("#ffffff", "var(--paper)")
-    svg = svg.replace(LIVE.lower(), "var(--blue)")
+    svg = re.sub(r"<[^>]*>", rewrite, svg)  # tags only: a name may look like an attribute
     svg = svg.replace("<svg ", f'<svg role="img" aria-labelledby="{key}-title" ', 1)
     end = svg.index(">", svg.index("<svg")) + 1
     svg = f'{svg[:end]}<title id="{key}-title">{safe(title)}</title>{svg[end:]}'
@@ -158,10 +166,6 @@ CSS = """
 @media (prefers-color-scheme: dark) { :root { --paper: #17191c; --ink: #e8e8e8; --soft: #a9adb3;
   --line: #3b3f45; --wash: #22262b; --link: #7cc4f0; --warn: #f0b45c;
   --blue: #3b9fdb; } }
-@media print { :root { --paper: #fff; --ink: #000; --soft: #444; --line: #bbb; --wash: #fff;
-  --link: #000; --warn: #000; --blue: #0072B2; } .filter { display: none; }
-  figure, tr { break-inside: avoid; }
-  h2, h3 { break-after: avoid; } .wide { overflow: visible; } body { font-size: 9pt; } }
 body { background: var(--paper); color: var(--ink); font: 15px/1.5 system-ui, "DejaVu Sans",
   sans-serif; margin: 0 auto; max-width: 82rem; padding: 1.5rem; }
 h1 { font-size: 1.6rem; margin: 0 0 .3rem; overflow-wrap: anywhere; }
@@ -196,6 +200,13 @@ summary { cursor: pointer; overflow-wrap: anywhere; }
 figure { margin: 1rem 0; } figure svg { max-width: 100%; height: auto; display: block; }
 figcaption { font-size: .87rem; max-width: 60rem; }
 nav a { margin-right: 1rem; }
+@page { size: landscape; margin: 1cm; }
+@media print { :root { --paper: #fff; --ink: #000; --soft: #444; --line: #bbb; --wash: #fff;
+  --link: #000; --warn: #000; --blue: #0072B2; }
+  body { font-size: 9pt; max-width: none; padding: 0; } nav, .filter { display: none; }
+  figure svg { max-height: 15cm; } .wide { overflow: visible; }
+  table { font-size: 7pt; } th, td { padding: .1rem .3rem; }
+  figure, tr { break-inside: avoid; } h2, h3 { break-after: avoid; } }
 """
 
 SCRIPT = """

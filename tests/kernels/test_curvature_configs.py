@@ -1,4 +1,4 @@
-"""Forms, configurations and blocks of the directional curvature kernels: pure functions."""
+"""Forms, configurations and blocks of the kernels of scores: pure functions."""
 
 from __future__ import annotations
 
@@ -6,9 +6,9 @@ import pytest
 import torch
 
 full = pytest.importorskip(
-    "deaddir_fast.kernels.directional_curvature", reason="Triton is not installed"
+    "deaddir_fast.kernels.directional_scores", reason="Triton is not installed"
 )
-rank1 = pytest.importorskip("deaddir_fast.kernels.directional_curvature_rank1")
+rank1 = pytest.importorskip("deaddir_fast.kernels.directional_scores_rank1")
 
 H200 = (227 * 1024, 132)
 MI300 = (64 * 1024, 304)
@@ -163,7 +163,7 @@ def test_every_configuration_is_in_the_manifest():
         for config in full.CONFIGS[dtype]:
             tile = "BLOCK_R" if config.form == "factorised" else "BLOCK_O"
             assert any(
-                case.kernel.__name__ == f"directional_curvature_{config.form}_kernel"
+                case.kernel.__name__ == f"directional_scores_{config.form}_kernel"
                 and case.constants[tile] == config.height
                 and case.constants["BLOCK_I"] == config.width
                 and case.constants["DEPTH"] == config.depth

@@ -1,4 +1,4 @@
-"""Values of the directional curvature kernels on a GPU, against fp64."""
+"""Scores and directional curvature of the kernels on a GPU, against fp64."""
 
 from __future__ import annotations
 
@@ -7,12 +7,17 @@ import torch
 from compare import EPS
 
 from deaddir_fast._backend import backend
-from deaddir_fast.ops import directional_curvature, directional_curvature_rank1
+from deaddir_fast.ops import (
+    directional_curvature,
+    directional_curvature_rank1,
+    directional_scores,
+    directional_scores_rank1,
+)
 
 full = pytest.importorskip(
-    "deaddir_fast.kernels.directional_curvature", reason="Triton is not installed"
+    "deaddir_fast.kernels.directional_scores", reason="Triton is not installed"
 )
-rank1 = pytest.importorskip("deaddir_fast.kernels.directional_curvature_rank1")
+rank1 = pytest.importorskip("deaddir_fast.kernels.directional_scores_rank1")
 
 pytestmark = [
     pytest.mark.gpu,
@@ -50,20 +55,29 @@ def check(result, value, size):
         assert ((result - value).abs() <= 32 * EPS[result.dtype] * size).all()
 
 
+def twice(operation, *args):
+    """The result on the forced route, after checking that it repeats."""
+    with backend("triton"):
+        result, again = operation(*args), operation(*args)
+    assert torch.equal(result.nan_to_num(), again.nan_to_num())
+    return result
+
+
+def mean_square(x):
+    return x.square().mean(1)
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("shape", SHAPES)
 def test_values(shape, dtype):
     n, t, i, o, p = shape
     lead = (n,) if t is None else (n, t)
-    a, g, U = (torch.randn(s, device="cuda").to(dtype) for s in ((*lead, i), (*lead, o), (p, o, i)))
-    value = scores(a, g, U).square().mean(1)
-    size = scores(a.abs(), g.abs(), U.abs()).square().mean(1)
-    with backend("triton"):
-        result = directional_curvature(a, g, U)
-        assert torch.equal(result.nan_to_num(), directional_curvature(a, g, U).nan_to_num())
-    check(result, value, size)
-    for config in full.prune(full.CONFIGS[dtype], a.dtype, shared_memory()):
-        check(full.directional_curvature(a, g, U, config=config), value, size)
+    args = [torch.randn(s, device="cuda").to(dtype) for s in ((*lead, i), (*lead, o), (p, o, i))]
+    value, size = scores(*args), scores(*(x.abs() for x in args))
+    check(twice(directional_scores, *args), value, size)
+    check(twice(directional_curvature, *args), mean_square(value), mean_square(size))
+    for config in full.prune(full.CONFIGS[dtype], dtype, shared_memory()):
+        check(full.directional_scores(*args, config=config), value, size)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -72,14 +86,13 @@ def test_values_of_rank_one(shape, dtype):
     n, t, i, o, p = shape
     lead = (n,) if t is None else (n, t)
     sizes = ((*lead, i), (*lead, o), (p, o), (p, i))
-    a, g, v, w = (torch.randn(s, device="cuda").to(dtype) for s in sizes)
-    value = scores(a, g, v.double()[:, :, None] * w.double()[:, None]).square().mean(1)
-    bound = v.double().abs()[:, :, None] * w.double().abs()[:, None]
-    size = scores(a.abs(), g.abs(), bound).square().mean(1)
-    with backend("triton"):
-        result = directional_curvature_rank1(a, g, v, w)
-        again = directional_curvature_rank1(a, g, v, w)
-    assert torch.equal(result.nan_to_num(), again.nan_to_num())
-    check(result, value, size)
-    for config in rank1.prune(rank1.CONFIGS[dtype], a.dtype, shared_memory()):
-        check(rank1.directional_curvature_rank1(a, g, v, w, config=config), value, size)
+    args = [torch.randn(s, device="cuda").to(dtype) for s in sizes]
+
+    def exact(a, g, v, w):
+        return scores(a, g, v.double()[:, :, None] * w.double()[:, None])
+
+    value, size = exact(*args), exact(*(x.abs() for x in args))
+    check(twice(directional_scores_rank1, *args), value, size)
+    check(twice(directional_curvature_rank1, *args), mean_square(value), mean_square(size))
+    for config in rank1.prune(rank1.CONFIGS[dtype], dtype, shared_memory()):
+        check(rank1.directional_scores_rank1(*args, config=config), value, size)

@@ -69,18 +69,26 @@ def _quadratic_rank1(A, G, v, w):
     return _form(A, w) * _form(G, v)
 
 
-def _curvature(a, g, U):
+def _scores(a, g, U):
     if a.ndim == 2:
         a, g = a[:, None], g[:, None]
     # einsum's own path multiplies p by o by n t: through the gradient of each sample instead
     gradient = np.einsum("nto,nti->noi", g, a).reshape(len(a), -1)
-    return ((gradient @ U.reshape(len(U), -1).T) ** 2).mean(0)
+    return U.reshape(len(U), -1) @ gradient.T
+
+
+def _scores_rank1(a, g, v, w):
+    if a.ndim == 2:
+        a, g = a[:, None], g[:, None]
+    return ((g @ v.T) * (a @ w.T)).sum(1).T
+
+
+def _curvature(a, g, U):
+    return (_scores(a, g, U) ** 2).mean(1)
 
 
 def _curvature_rank1(a, g, v, w):
-    if a.ndim == 2:
-        a, g = a[:, None], g[:, None]
-    return (((g @ v.T) * (a @ w.T)).sum(1) ** 2).mean(0)
+    return (_scores_rank1(a, g, v, w) ** 2).mean(1)
 
 
 GRAM = [(0, 3), (5, 0), (1, 1), (7, 13), (513, 33), (64, 48), (1031, 97), (40, 145), (2, 300)]
@@ -133,6 +141,30 @@ CASES = {
         lambda n, t, o, i, p: [(n, t, i), (n, t, o), (p, o), (p, i)],
         dd.ops.directional_curvature_rank1,
         _curvature_rank1,
+        TOKENS,
+    ),
+    "directional_scores": Case(
+        lambda n, o, i, p: [(n, i), (n, o), (p, o, i)],
+        dd.ops.directional_scores,
+        _scores,
+        CURVATURE,
+    ),
+    "directional_scores tokens": Case(
+        lambda n, t, o, i, p: [(n, t, i), (n, t, o), (p, o, i)],
+        dd.ops.directional_scores,
+        _scores,
+        TOKENS,
+    ),
+    "directional_scores_rank1": Case(
+        lambda n, o, i, p: [(n, i), (n, o), (p, o), (p, i)],
+        dd.ops.directional_scores_rank1,
+        _scores_rank1,
+        CURVATURE,
+    ),
+    "directional_scores_rank1 tokens": Case(
+        lambda n, t, o, i, p: [(n, t, i), (n, t, o), (p, o), (p, i)],
+        dd.ops.directional_scores_rank1,
+        _scores_rank1,
         TOKENS,
     ),
 }

@@ -1,6 +1,11 @@
 """Launchers of the C++ kernels, one file per family; names are those of the operations."""
 
-from deaddir_fast.ops._cpu.curvature import directional_curvature, directional_curvature_rank1
+from deaddir_fast.ops._cpu.curvature import (
+    directional_curvature,
+    directional_curvature_rank1,
+    directional_scores,
+    directional_scores_rank1,
+)
 from deaddir_fast.ops._cpu.gram import gram, gram_, gram_packed, gram_packed_
 from deaddir_fast.ops._cpu.kron import (
     kron_matvec,
@@ -13,6 +18,8 @@ from deaddir_fast.ops._cpu.softmax import linear_softmax_fisher, softmax_fisher,
 __all__ = [
     "directional_curvature",
     "directional_curvature_rank1",
+    "directional_scores",
+    "directional_scores_rank1",
     "gram",
     "gram_",
     "gram_packed",

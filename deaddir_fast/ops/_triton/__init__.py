@@ -6,6 +6,8 @@ Triton is imported at the first launch.
 from deaddir_fast.ops._triton.curvature import (
     directional_curvature,
     directional_curvature_rank1,
+    directional_scores,
+    directional_scores_rank1,
 )
 from deaddir_fast.ops._triton.gram import gram, gram_, gram_packed, gram_packed_
 from deaddir_fast.ops._triton.kron import (
@@ -19,6 +21,8 @@ from deaddir_fast.ops._triton.softmax import linear_softmax_fisher, softmax_fish
 __all__ = [
     "directional_curvature",
     "directional_curvature_rank1",
+    "directional_scores",
+    "directional_scores_rank1",
     "gram",
     "gram_",
     "gram_packed",
