@@ -93,9 +93,13 @@ def scan(
     samples: int | None = typer.Option(None, "--samples", "-n", min=1, help="Draw this many."),
     draws: int = typer.Option(1, "--draws", min=1, help="Labels drawn for each output (mc)."),
     seed: int = typer.Option(0, "--seed", min=0, help="Seed of every random draw."),
-    ray_samples: int = typer.Option(8, "--ray-samples", min=1, help="Samples rays are read on."),
-    shards: int | None = typer.Option(None, "--shards", min=1, help="Parts kept on disk one by one."),
-    device: str | None = typer.Option(None, "--device", help="cpu, cuda, cuda:1; cuda if there is."),
+    ray_samples: int = typer.Option(4, "--ray-samples", min=1, help="Samples rays are read on."),
+    shards: int | None = typer.Option(
+        None, "--shards", min=1, help="Parts kept on disk one by one."
+    ),
+    device: str | None = typer.Option(
+        None, "--device", help="cpu, cuda, cuda:1; cuda if there is."
+    ),
     dtype: str | None = typer.Option(None, "--dtype", help="Load weights as float32, bfloat16 …"),
     offline: bool = typer.Option(False, "--offline", help="Download nothing."),
     strict: bool = typer.Option(False, "--strict", help="Fail where a parameter has no rule."),

@@ -167,5 +167,3 @@ def summary(report: ScanReport, console: Console) -> None:
         )
     console.print(table)
     console.print(str(report), soft_wrap=True)
-
-

@@ -96,13 +96,59 @@ def measure(
     """
     state = {k.removeprefix("model."): v for k, v in readout.named_parameters()}
     dtype = next(iter(state.values())).dtype
-    u = torch.stack([c.u for c in chosen]).to(dtype)
-    directions = {f"model.{k}": v for k, v in to_parameters(layer, u, state).items()}
-    grid = torch.cat([radii.new_zeros(1), radii])
-    rays = ray_curvature(readout, inputs, directions, grid, likelihood=likelihood)
-    quadratic = _kfac(factors, torch.stack([c.u for c in chosen]))
-    live = rays.kl[-1, 1:]
-    found = [_entry(c, rays, k, live, float(quadratic[k]), eps) for k, c in enumerate(chosen)]
+    matrices = torch.stack([c.u for c in chosen])
+    directions = {
+        f"model.{k}": v for k, v in to_parameters(layer, matrices.to(dtype), state).items()
+    }
+
+    def rays(which: list[int], grid: Tensor) -> RayCurvature:
+        some = {name: u[which] for name, u in directions.items()}
+        return ray_curvature(readout, inputs, some, grid, likelihood=likelihood)
+
+    everything = list(range(len(chosen)))
+    base = rays(everything, radii.new_zeros(1))
+    # Two radii tell a flat direction; only what moves gets them all.
+    screen = radii[[len(radii) // 2, -1]] if len(radii) > 2 else radii
+    seen = rays(everything, screen)
+    live = seen.kl[-1]
+    verdicts = {k: _flatness(chosen[k], seen.kl[k], live, eps) for k in everything[:-1]}
+    moving = [k for k, verdict in verdicts.items() if verdict is None]
+    full = rays(moving, radii) if moving else None
+    quadratic = _kfac(factors, matrices)
+    found = []
+    for k, c in enumerate(chosen):
+        row, grid, read = k, screen, seen
+        if k in moving and full is not None:
+            row, grid, read = moving.index(k), radii, full
+            order, interval, verdict = _fitted(radii, full.fisher[row], full.kl[row])
+        elif c.part == "live":
+            order, interval, verdict = _live(seen, k)
+        else:
+            order, verdict = verdicts[k]
+            interval = None
+        kind = _kind(c, order)
+        found.append(
+            {
+                "label": c.label,
+                "class": kind,
+                "gauge": c.label if kind == "gauge" else None,
+                "part": c.part,
+                "kfac": float(quadratic[k]),
+                "curvature": float(base.fisher[k, 0]),
+                "stderr": float(base.stderr[k, 0]),
+                "radii": grid.tolist(),
+                "fisher": read.fisher[row].tolist(),
+                "fisher_stderr": read.stderr[row].tolist(),
+                "kl": read.kl[row].tolist(),
+                "order": order,
+                "interval": interval,
+                "jet": None,
+                "predicted": c.predicted,
+                "contribution": None if order is None else 1 / (2 * order),
+                "verdict": verdict,
+                "why": c.why,
+            }
+        )
     if jets:
         _add_jets(found, readout, inputs, directions, likelihood, chosen)
     return found
@@ -137,7 +183,7 @@ def _add_jets(
                 contribution=0.0,
                 verdict="flat as t → 0 by its Taylor coefficients; not further out",
             )
-            entry["class"] = _kind(chosen[k], math.inf, entry["verdict"])
+            entry["class"] = _kind(chosen[k], math.inf)
         elif entry["order"] is not None and abs(order - entry["order"]) > 0.05:
             entry.update(
                 order=None,
@@ -158,64 +204,31 @@ def _kfac(factors: tuple[Tensor, Tensor], u: Tensor) -> Tensor:
     return (left * right).sum((1, 2))
 
 
-def _entry(
-    c: Candidate, rays: RayCurvature, k: int, live: Tensor, kfac: float, eps: float
-) -> dict[str, Any]:
-    radii, fisher, kl = rays.radii[1:], rays.fisher[k, 1:], rays.kl[k, 1:]
-    order, interval, verdict = _order(c, radii, fisher, kl, live, eps)
-    kind = _kind(c, order, verdict)
-    return {
-        "label": c.label,
-        "class": kind,
-        "gauge": c.label if kind == "gauge" else None,
-        "part": c.part,
-        "kfac": kfac,
-        "curvature": float(rays.fisher[k, 0]),
-        "stderr": float(rays.stderr[k, 0]),
-        "radii": radii.tolist(),
-        "fisher": fisher.tolist(),
-        "fisher_stderr": rays.stderr[k, 1:].tolist(),
-        "kl": kl.tolist(),
-        "order": order,
-        "interval": interval,
-        "jet": None,
-        "predicted": c.predicted,
-        "contribution": None if order is None or kind == "unresolved" else 1 / (2 * order),
-        "verdict": verdict,
-        "why": c.why,
-    }
-
-
-def _order(
-    c: Candidate, radii: Tensor, fisher: Tensor, kl: Tensor, live: Tensor, eps: float
-) -> tuple[float | None, list[float] | None, str]:
+def _flatness(
+    c: Candidate, kl: Tensor, live: Tensor, eps: float
+) -> tuple[float | None, str] | None:
+    """(order, verdict) of a direction that does not move or cannot be judged; None if it moves."""
     if not bool(torch.isfinite(kl).all()):
-        return None, None, "unresolved: the divergence is not finite along the ray"
-    if c.part in ("inputs", "outputs"):
-        ratio = float((kl / live.clamp_min(1e-300)).max())
-        floor = (FLAT * eps) ** 2
-        if ratio <= floor:
-            return math.inf, None, "flat"
-        if c.part == "inputs" and ratio > 1e4 * floor:
-            return (
-                None,
-                None,
-                (
-                    f"unresolved: it was to be flat, but the divergence reaches {ratio:.1g} of that "
-                    "along a live direction"
-                ),
-            )
-        if ratio <= 1e3 * floor:
-            return (
-                None,
-                None,
-                (
-                    f"unresolved: the divergence reaches {ratio:.1g} of that along a live direction, "
-                    "close to rounding of the null space"
-                ),
-            )
-    elif c.part == "nearly dead" and float(kl.max()) == 0.0:
-        return None, None, "unresolved: flat on the samples the rays are read on, not on all"
+        return None, "unresolved: the divergence is not finite along the ray"
+    if c.part == "nearly dead":
+        if float(kl.max()) > 0.0:
+            return None
+        return None, "unresolved: flat on the samples the rays are read on, not on all"
+    ratio = float((kl / live.clamp_min(1e-300)).max())
+    floor = (FLAT * eps) ** 2
+    if ratio <= floor:
+        return math.inf, "flat"
+    reaches = f"the divergence reaches {ratio:.1g} of that along a live direction"
+    if c.part == "inputs":
+        return None, f"unresolved: it was to be flat, but {reaches}"
+    if ratio <= 1e3 * floor:
+        return None, f"unresolved: {reaches}, close to rounding of the null space"
+    return None
+
+
+def _fitted(
+    radii: Tensor, fisher: Tensor, kl: Tensor
+) -> tuple[float | None, list[float] | None, str]:
     fit: RateFit = fit_rate(radii, fisher, kl=kl)
     if not fit.resolved:
         return None, None, fit.verdict
@@ -223,7 +236,15 @@ def _order(
     return float(fit.order), [float(low), float(high)], "resolved"
 
 
-def _kind(c: Candidate, order: float | None, verdict: str) -> str:
+def _live(rays: RayCurvature, k: int) -> tuple[float | None, list[float] | None, str]:
+    """Order of a live direction from t²F/2K at the smallest radius: k², with no fit."""
+    order = float(rays.pointwise_order()[k, 0])
+    if not math.isfinite(order) or abs(order - 1) > 0.1:
+        return None, None, f"unresolved: t²F/2K reads an order of {order:.3g} on a live direction"
+    return 1.0, None, "resolved"
+
+
+def _kind(c: Candidate, order: float | None) -> str:
     if c.part == "live":
         return "live"
     if order is None:

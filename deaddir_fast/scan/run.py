@@ -72,7 +72,7 @@ def scan(
     radii: Any = None,
     draws: int = 1,
     seed: int = 0,
-    ray_samples: int = 8,
+    ray_samples: int = 4,
     shards: int | None = None,
     sums: torch.dtype | None = None,
     fp64_up_to: int = READ_IN_FP64,
@@ -100,7 +100,7 @@ def scan(
         likelihood, fisher, layers, draws, seed, strict: as for ``kron_factors``.
         directions_per_layer: rays in each layer, besides one live direction to compare with; 0
             for none.
-        radii: positive radii of the rays, by default ten from 1e-3 to 0.3.
+        radii: positive radii of the rays, by default eight from 1e-3 to 0.3.
         ray_samples: samples the rays are read on.
         shards: parts after each of which the sums are saved, by default up to 8.
         sums: dtype of the sums, by default fp64 where they take less than 4 GB.
@@ -174,7 +174,7 @@ def scan(
 
 def _radii(radii: Any) -> Tensor:
     if radii is None:
-        return torch.logspace(-3, math.log10(0.3), 10, dtype=torch.float64)
+        return torch.logspace(-3, math.log10(0.3), 8, dtype=torch.float64)
     values = check_radii(radii)
     if not bool((values > 0).all()):
         raise _check.fail("radii", radii, "positive numbers")
