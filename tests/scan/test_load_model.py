@@ -358,13 +358,14 @@ def test_saved_models_come_back(hf, tmp_path, build, dtype):
     assert loaded.takes_mask
     assert not loaded.model.training
     assert not any(p.requires_grad for p in loaded.model.parameters())
-    assert loaded.model.config._attn_implementation.startswith("sdpa")
+    assert loaded.model.config._attn_implementation == "sdpa"
     wanted = dict(original.to(dtype or torch.float32).named_parameters())
     found = dict(loaded.model.named_parameters())
     assert wanted.keys() == found.keys()
     assert all(torch.equal(wanted[k], found[k]) for k in wanted)
     inputs = batch()
-    if dtype == torch.float64 and build is _mixtral:
+    grouped = getattr(original.config, "_experts_implementation", None) == "grouped_mm"
+    if dtype == torch.float64 and build is _mixtral and grouped:
         assert any("batched" in note for note in loaded.notes)
         original.set_experts_implementation("batched_mm")
     with torch.no_grad():
@@ -608,9 +609,15 @@ def slope_squared(model, inputs, likelihood, name, u):
     return float(slope.square().flatten(1).sum(1).mean())
 
 
+def needs_traceable_masks(hf):
+    if int(hf.__version__.split(".")[0]) < 5:
+        pytest.skip("transformers before 5 reads the mask")
+
+
 @pytest.mark.slow
 def test_embeddings_can_be_read(hf, tmp_path):
     """The Gaussian Fisher along a ray is |J u|², J u by autograd; with padding."""
+    needs_traceable_masks(hf)
     sentence_folder(hf, tmp_path)
     loaded = load_model(str(tmp_path), dtype=torch.float64)
     inputs = batch(9)
@@ -635,6 +642,7 @@ def test_embeddings_can_be_read(hf, tmp_path):
 )
 def test_padded_batches_can_be_read(hf, tmp_path, build, name):
     """A trace cannot look whether a mask is all ones; the same Fisher by autograd."""
+    needs_traceable_masks(hf)
     torch.manual_seed(0)
     build(hf).save_pretrained(tmp_path)
     loaded = load_model(str(tmp_path), dtype=torch.float64)
