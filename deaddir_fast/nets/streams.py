@@ -110,6 +110,8 @@ class Streams:
         version = x._version
         sink_of = self.on_gradient
 
+        at = 0
+
         def sink(grad: Tensor) -> None:
             if kept is not None and kept._version != version:
                 raise RuntimeError(
@@ -117,12 +119,11 @@ class Streams:
                     "would have to copy it first"
                 )
             with torch.no_grad():
-                sink_of(layer, grad, kept)
+                sink_of(layer, grad.movedim(at, 0) if at else grad, kept)
 
-        if layer.layout == "shared" and z.shape[:1] != (self.samples,):
-            # One row for all samples: their gradients would arrive summed.
-            z = z if z.shape[0] == 1 and z.ndim > 2 else z.unsqueeze(0)
-            z = z.expand(self.samples, *z.shape[1:])
+        if layer.layout == "shared":
+            # One output for all samples: their gradients would arrive summed.
+            z, at = layer.spread(z, self.samples)
         return _Tap.apply(z, self._anchor, sink)
 
     def forward(self, inputs: Any, samples: int) -> Tensor:

@@ -75,26 +75,39 @@ def adapters(model: nn.Module) -> tuple[dict[str, Adapter], list[Skipped]]:
     canonical = {id(p): name for name, p in model.named_parameters()}
     found: dict[str, Adapter] = {}
     skipped: list[Skipped] = []
-    inside: set[nn.Module] = set()
+    covered: dict[nn.Module, set[str]] = {}  # what adapters of the modules around it stand for
     for name, module in model.named_modules():
-        if module in inside:
-            continue
         own = {
             key: canonical[id(p)]
             for key, p in module.named_parameters(remove_duplicate=False)
             if id(p) in canonical
         }
-        direct = [p for p in module.parameters(recurse=False)]
+        done = covered.get(module, set())
+        if not set(own.values()) - done:
+            continue
         build = _builder(module)
         why = "no rule for this type"
-        if build is not None and own:
+        if build is not None:
             try:
-                found[name] = build(name, module, own)
-                inside.update(module.modules())
-                continue
+                adapter = build(name, module, own)
             except Unsupported as reason:
                 why = str(reason)
-        if direct:
-            count = sum(p.numel() for p in direct)
-            skipped.append(Skipped(name or "(model)", type(module).__name__, count, why))
+            else:
+                found[name] = adapter
+                done = {p for layer in adapter.layers for p in (layer.weight, layer.bias) if p}
+                why = "beside the parameters that its layers have"
+                for part in module.modules():
+                    covered.setdefault(part, set()).update(done)
+        left = {
+            key: p
+            for key, p in module.named_parameters(recurse=False)
+            if canonical.get(id(p)) not in done
+        }
+        if left:
+            count = sum(p.numel() for p in left.values())
+            names = ", ".join(left)
+            label = name or "(model)"
+            if build is not None and name in found:
+                label = f"{label}.{names}"
+            skipped.append(Skipped(label, type(module).__name__, count, why))
     return found, skipped
