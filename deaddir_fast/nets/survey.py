@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import fnmatch
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -139,13 +139,27 @@ class _Look:
                 f"its output is not the map of its input it should be ({error})"
             )
             return
-        # Rounding, but never so much in 16-bit formats that anything would pass.
-        relative = min(256 * torch.finfo(z.dtype).eps, 0.05)
-        size = float(z.abs().max()) if z.numel() else 0.0
-        if again.shape != z.shape or not bool(
-            torch.isclose(again, z, rtol=0, atol=relative * size + 1e-30, equal_nan=True).all()
-        ):
+        if not _alike(again, z):
             self.wrong[layer.name] = "its output is not the linear map of its input"
+
+    def verify(self, adapter: Adapter, ours: Any, theirs: Any) -> None:
+        """Refuse the maps of a module whose forward is not what it is taken for."""
+        pairs = zip(pytree.tree_leaves(ours), pytree.tree_leaves(theirs), strict=True)
+        if all(_alike(a, b) for a, b in pairs if isinstance(b, Tensor)):
+            return
+        for layer in adapter.layers:
+            self.wrong[layer.name] = "its forward does not compute what such a module should"
+
+
+def _alike(one: Tensor, other: Tensor) -> bool:
+    """Equal to rounding, but never so much of it in 16-bit formats that anything would pass."""
+    if one.shape != other.shape:
+        return False
+    finite = other[other.isfinite()]
+    size = float(finite.abs().max()) if finite.numel() else 0.0
+    relative = min(256 * torch.finfo(other.dtype).eps, 0.05)
+    close = torch.isclose(one, other, rtol=0, atol=relative * size + 1e-30, equal_nan=True)
+    return bool(close.all())
 
 
 def _chosen(names: Sequence[str], layers: Sequence[str] | None) -> set[str]:
@@ -213,6 +227,7 @@ def survey(
         if layer.kind == "norm" and layer.layout == "unknown":
             why = "which rows of it belong to which sample is not known"
             wrong[name] = why if seen is not None else "it is not used by the first two samples"
+    _try_spread(model, few, n, found, [everything[name] for name in ordered], wrong)
     ordered = [name for name in ordered if name not in wrong]
     for name, why in wrong.items():
         layer = everything[name]
@@ -268,6 +283,44 @@ def _report(skipped: Sequence[Skipped], strict: bool, layers: Sequence[str] | No
     warnings.warn(message, UserWarning, stacklevel=4)
 
 
+def _try_spread(
+    model: nn.Module,
+    inputs: Any,
+    n: int,
+    found: dict[str, Adapter],
+    layers: Sequence[Layer],
+    wrong: dict[str, str],
+) -> None:
+    """Whether the model takes one row for each sample where a layer gives one for all."""
+    shared = [layer for layer in layers if layer.layout == "shared" and layer.name not in wrong]
+    if not shared or n == 1:
+        return
+    with torch.no_grad():
+        plain = call_plainly(model, inputs)
+
+    def works(some: Sequence[Layer]) -> bool:
+        def tap(layer: Layer, x: Tensor, z: Tensor) -> Tensor:
+            return layer.spread(z, n)[0] if layer in some else z
+
+        undo = [adapter.attach(tap) for adapter in found.values()]
+        try:
+            with torch.no_grad():
+                return _alike(call_plainly(model, inputs), plain)
+        except (RuntimeError, ValueError, TypeError, IndexError, AssertionError):
+            return False
+        finally:
+            for stop in reversed(undo):
+                stop()
+
+    if works(shared):
+        return
+    for layer in shared:
+        if not works([layer]):
+            wrong[layer.name] = (
+                "it has one row for all samples, and the model does not take one for each"
+            )
+
+
 def _flip(inputs: Any) -> Any:
     return pytree.tree_map(lambda x: x.flip(0) if isinstance(x, Tensor) else x, inputs)
 
@@ -276,8 +329,10 @@ def _look(
     model: nn.Module, found: dict[str, Adapter], inputs: Any, n: int, *, check: bool
 ) -> tuple[_Look, str | None]:
     look = _Look(n, check)
-    undo = [adapter.attach(look) for adapter in found.values()]
+    undo: list[Callable[[], None]] = []
     try:
+        for adapter in found.values():
+            undo.append(adapter.attach(look, look.verify if check else None))
         with torch.no_grad():
             z = call_plainly(model, inputs)
     finally:

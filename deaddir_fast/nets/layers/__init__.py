@@ -6,6 +6,7 @@ gradients g (n, t, o), so that its score is Σ_t g aᵀ (with a trailing 1 in a 
 """
 
 from deaddir_fast.nets.layers import (  # noqa: F401 # each registers its family
+    attention,
     conv,
     embedding,
     linear,

@@ -14,6 +14,9 @@ from torch import Tensor, nn
 #: takes the place of z.
 Tap = Callable[["Layer", Tensor, Tensor], Tensor]
 
+#: verify(adapter, ours, theirs) is shown what an adapter's forward returns and the module's own.
+Verify = Callable[["Adapter", Any, Any], None]
+
 #: Where the samples are in a layer's tensors: leading; leading and flattened with the tokens; in
 #: the second dimension; one row for all samples; or in no order that is known.
 LAYOUTS = ("samples", "flat", "second", "shared", "unknown")
@@ -180,8 +183,11 @@ class Adapter(ABC):
     layers: tuple[Layer, ...]
 
     @abstractmethod
-    def attach(self, tap: Tap) -> Callable[[], None]:
-        """Start calling ``tap`` in the module's forward pass; returns what stops it."""
+    def attach(self, tap: Tap, verify: Verify | None = None) -> Callable[[], None]:
+        """Start calling ``tap`` in the module's forward pass; returns what stops it.
+
+        ``verify`` is called where the forward pass is not the module's own.
+        """
 
 
 class HookAdapter(Adapter):
@@ -190,7 +196,7 @@ class HookAdapter(Adapter):
     def __init__(self, layer: Layer) -> None:
         self.layers = (layer,)
 
-    def attach(self, tap: Tap) -> Callable[[], None]:
+    def attach(self, tap: Tap, verify: Verify | None = None) -> Callable[[], None]:
         """A forward hook."""
         (layer,) = self.layers
 
@@ -201,6 +207,42 @@ class HookAdapter(Adapter):
             return tap(layer, x, z)
 
         return layer.module.register_forward_hook(hook, with_kwargs=True).remove
+
+
+class ForwardAdapter(Adapter):
+    """A module that computes several maps without calling a module for each.
+
+    Its forward is replaced by :meth:`run` while it is tapped.
+    """
+
+    def __init__(self, module: nn.Module, layers: tuple[Layer, ...]) -> None:
+        self.module, self.layers = module, layers
+
+    @abstractmethod
+    def run(self, tap: Tap, *args: Any, **kwargs: Any) -> Any:
+        """The module's forward with its maps tapped."""
+
+    def attach(self, tap: Tap, verify: Verify | None = None) -> Callable[[], None]:
+        """Replace the forward of this instance."""
+        attributes = vars(self.module)
+        theirs = self.module.forward
+
+        def forward(*args: Any, **kwargs: Any) -> Any:
+            ours = self.run(tap, *args, **kwargs)
+            if verify is not None:
+                verify(self, ours, theirs(*args, **kwargs))
+            return ours
+
+        had, before = "forward" in attributes, attributes.get("forward")
+        attributes["forward"] = forward
+
+        def undo() -> None:
+            if had:
+                attributes["forward"] = before
+            else:
+                del attributes["forward"]
+
+        return undo
 
 
 def stack_bias(weight: Tensor | None, bias: Tensor | None, shape: tuple[int, ...]) -> Tensor | None:
