@@ -50,7 +50,8 @@ def stream_scores(
         g, a = layer.gradients(grad, n, x), inputs_of(layer, x, n)
         owners = None
         if layer.routed:
-            owners = layer.owners // (tokens_of(layer) // n)  # type: ignore[attr-defined]
+            owners = layer.samples_of(n)
+            assert owners is not None
         score = score_of(layer, g, a, owners, n)
         scores[layer.name] = scores[layer.name] + score if layer.name in scores else score
 
@@ -62,11 +63,6 @@ def stream_scores(
             streams.backward(z, seed, last=k == len(seeds) - 1)
             out.append(scores)
     return out
-
-
-def tokens_of(layer: Layer) -> int:
-    """Rows of the tensor that experts are routed from."""
-    return int(layer.total)  # type: ignore[attr-defined]
 
 
 def dense_scores(model: nn.Module, inputs: Any, seed: Tensor) -> dict[str, Tensor]:

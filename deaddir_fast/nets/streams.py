@@ -110,7 +110,7 @@ class Streams:
         version = x._version
         sink_of = self.on_gradient
 
-        at = 0
+        at, routes = 0, (layer.owners, layer.sources)
 
         def sink(grad: Tensor) -> None:
             if kept is not None and kept._version != version:
@@ -118,6 +118,8 @@ class Streams:
                     f"{layer.name}: its input was changed in place after it was used; the model "
                     "would have to copy it first"
                 )
+            if layer.routed:
+                layer.owners, layer.sources = routes  # those of this use
             with torch.no_grad():
                 sink_of(layer, grad.movedim(at, 0) if at else grad, kept)
 

@@ -1,15 +1,15 @@
 """A first look at a model: which layers it has, in which order, and how their tensors are laid out.
 
-Two samples go through the model twice, the second time in the other order. What changes places with
-them tells where the samples are in each layer's tensors, so that nothing is assumed about batch
-dimensions. (Our choice.)
+Two samples go through the model, then in the other order, then the second one twice. What changes
+with them tells where the samples are in each layer's tensors, so that nothing is assumed about
+batch dimensions. (Our choice.)
 """
 
 from __future__ import annotations
 
 import fnmatch
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -86,19 +86,23 @@ def _prints(x: Tensor, n: int) -> dict[str, Tensor | None]:
     }
 
 
-def _swapped(first: Tensor | None, other: Tensor | None, eps: float) -> bool:
-    if first is None or other is None or first.shape != other.shape:
-        return False
-    size = float(first.abs().max())
-    apart = (first[:1] - first[1:]).abs().max() if len(first) > 1 else 0.0
-    return bool((first.flip(0) - other).abs().max() <= 0.02 * float(apart) + 64 * eps * size)
+def _near(one: Tensor, other: Tensor, first: Tensor, eps: float) -> bool:
+    apart = float((first[:1] - first[1:]).abs().max()) if len(first) > 1 else 0.0
+    limit = 0.02 * apart + 64 * eps * float(first.abs().max())
+    return bool((one - other).abs().max() <= limit)
 
 
-def _layout(first: _Seen, other: _Seen | None, eps: float) -> str:
-    if other is None:
-        return "samples"
+def _layout(first: _Seen, turned: _Seen | None, twice: _Seen | None, eps: float) -> str:
+    """Which reading of the layout fits samples (0, 1), then (1, 0), then (1, 1)."""
+    if turned is None or twice is None:
+        return "unknown"
     for layout in ("samples", "flat", "second", "shared"):
-        if _swapped(first.prints[layout], other.prints[layout], eps):
+        p, q, r = (seen.prints[layout] for seen in (first, turned, twice))
+        if p is None or q is None or r is None or not p.shape == q.shape == r.shape:
+            continue
+        # A row routed here from one sample is the same however the two are ordered; it is not what
+        # all samples share, which stays the same when one of them goes.
+        if _near(p.flip(0), q, p, eps) and _near(p[-1:].expand_as(p), r, p, eps):
             return layout
     return "unknown"
 
@@ -125,7 +129,9 @@ class _Look:
                 self.leaders[layer.name] = name
         if layer.form == "matrix" and layer.name not in self.leaders:
             self.last = [*self.last[-3:], (layer.name, x, x._version)]
-        self.seen[layer.name] = _Seen(len(self.seen), tuple(x.shape), _prints(x, self.n))
+        # Which rows go to an expert is no layout; that of the tokens they come from is one.
+        whole = x if layer.source is None else layer.source
+        self.seen[layer.name] = _Seen(len(self.seen), tuple(x.shape), _prints(whole, self.n))
         self.outputs = {layer.name: z}
         if self.check:
             self._compare(layer, x, z)
@@ -155,6 +161,8 @@ def _alike(one: Tensor, other: Tensor) -> bool:
     """Equal to rounding, but never so much of it in 16-bit formats that anything would pass."""
     if one.shape != other.shape:
         return False
+    if not other.is_floating_point():
+        return torch.equal(one, other)
     finite = other[other.isfinite()]
     size = float(finite.abs().max()) if finite.numel() else 0.0
     relative = min(256 * torch.finfo(other.dtype).eps, 0.05)
@@ -205,10 +213,11 @@ def survey(
         raise _check.fail("inputs", inputs, "at least one sample")
     few = slice_batch(inputs, 0, n)
     first, head = _look(model, found, few, n, check=True)
-    other = None
+    turned: dict[str, _Seen] = {}
+    twice: dict[str, _Seen] = {}
     if n == 2:
-        turned = _flip(few)
-        other, _ = _look(model, found, turned, n, check=False)
+        turned = _look(model, found, _pick(few, [1, 0]), n, check=False)[0].seen
+        twice = _look(model, found, _pick(few, [1, 1]), n, check=False)[0].seen
     everything = {layer.name: layer for a in found.values() for layer in a.layers}
     wrong = first.wrong
     ordered = sorted(
@@ -220,13 +229,17 @@ def survey(
     for name in ordered:
         layer, seen = everything[name], first.seen.get(name)
         # Of a module that these samples do not use nothing is known.
-        layer.layout = "samples" if layer.routed else "unknown"
-        if seen is not None and not layer.routed:
-            layer.layout = _layout(seen, None if other is None else other.seen.get(name), eps)
+        layer.layout = "unknown"
+        if seen is not None:
+            one = _layout(seen, turned.get(name), twice.get(name), eps)
+            layer.layout = one if n == 2 else "samples"
         tokens[name] = layer.tokens(seen.shape, n) if seen is not None else 0
+        if layer.misused is not None:
+            wrong[name] = layer.misused
         if layer.kind == "norm" and layer.layout == "unknown":
             why = "which rows of it belong to which sample is not known"
             wrong[name] = why if seen is not None else "it is not used by the first two samples"
+    _same_for_all_experts([everything[name] for name in ordered], first.seen)
     _try_spread(model, few, n, found, [everything[name] for name in ordered], wrong)
     ordered = [name for name in ordered if name not in wrong]
     for name, why in wrong.items():
@@ -283,6 +296,18 @@ def _report(skipped: Sequence[Skipped], strict: bool, layers: Sequence[str] | No
     warnings.warn(message, UserWarning, stacklevel=4)
 
 
+def _same_for_all_experts(layers: Sequence[Layer], seen: Mapping[str, _Seen]) -> None:
+    """Experts of one module get rows of one tensor, whether or not any came on these samples."""
+    known = {
+        layer.module: layer.layout
+        for layer in layers
+        if layer.routed and layer.name in seen and layer.layout in ("samples", "flat")
+    }
+    for layer in layers:
+        if layer.routed:
+            layer.layout = known.get(layer.module, "unknown")
+
+
 def _try_spread(
     model: nn.Module,
     inputs: Any,
@@ -321,8 +346,8 @@ def _try_spread(
             )
 
 
-def _flip(inputs: Any) -> Any:
-    return pytree.tree_map(lambda x: x.flip(0) if isinstance(x, Tensor) else x, inputs)
+def _pick(inputs: Any, order: list[int]) -> Any:
+    return pytree.tree_map(lambda x: x[order] if isinstance(x, Tensor) else x, inputs)
 
 
 def _look(

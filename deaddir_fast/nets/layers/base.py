@@ -53,6 +53,13 @@ class Layer(ABC):
     layout: str = "samples"
     groups: int = 1
     busy: bool = field(default=False, init=False)  # the module is called by the layer itself
+    # Of routed rows in the pass under way: the index (r,) of each one's token among the ``sources``
+    # tokens of the model, and the tensor of those while they are routed.
+    owners: Tensor | None = field(default=None, init=False, repr=False)
+    sources: int = field(default=0, init=False)
+    source: Tensor | None = field(default=None, init=False, repr=False)
+    #: Why it is not computed as a layer after all, found out while its module ran.
+    misused: str | None = field(default=None, init=False)
 
     kind = "linear"
     #: How E[a aᵀ] is held: "matrix", "diagonal" (one-hot inputs) or "one" (a is the number 1).
@@ -92,8 +99,14 @@ class Layer(ABC):
     def directions(self, u: Mapping[str, Tensor]) -> Tensor | None:
         """(p, o, width) from directions in the parameters; None where it does not move."""
 
-    #: Whether its rows are chosen by the data (experts): their samples are then told by `owners`.
+    #: Whether its rows are chosen by the data (experts).
     routed = False
+
+    def samples_of(self, n: int) -> Tensor | None:
+        """(r,) the sample of each routed row; None where the samples do not lead in the tokens."""
+        if self.owners is None or self.layout == "unknown" or self.sources % n:
+            return None
+        return self.owners // (self.sources // n)
 
     def tokens(self, shape: tuple[int, ...], n: int) -> int:
         """Rows per sample for inputs of this shape."""
@@ -117,6 +130,10 @@ class Layer(ABC):
         """
         if self.layout == "unknown":
             return None  # as many rows as tokens need not be in their order
+        if self.routed:
+            if self.owners is None or mask.numel() != self.sources:
+                return None
+            return mask.reshape(1, -1)[:, self.owners]
         if cut is not None:
             if mask.shape[1] != cut.total:
                 return None
@@ -154,7 +171,7 @@ class Layer(ABC):
         if self.layout == "second":
             x = x.transpose(0, 1)
         count = x.shape[: x.ndim - features].numel()
-        if self.layout == "unknown" or count % n:
+        if self.routed or self.layout == "unknown" or count % n:
             return x.reshape(1, count, *tail)
         return x.reshape(n, count // n, *tail)
 
