@@ -1,32 +1,22 @@
-"""A first look at a model: which layers it has, in which order, and how their tensors are laid out.
-
-Two samples go through the model, then in the other order, then the second one twice. What changes
-with them tells where the samples are in each layer's tensors, so that nothing is assumed about
-batch dimensions. (Our choice.)
-"""
+"""A first look at a model: its layers, their order, and how their tensors are laid out."""
 
 from __future__ import annotations
 
 import fnmatch
 import warnings
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, nn
-from torch.utils import _pytree as pytree
+from torch import nn
 
 from deaddir_fast import _check
 from deaddir_fast.nets import layers as families
-from deaddir_fast.nets.graph import (
-    batch_size,
-    call_plainly,
-    check_deterministic,
-    slice_batch,
-)
+from deaddir_fast.nets.graph import batch_size, check_deterministic, slice_batch
 from deaddir_fast.nets.layers.base import Adapter, Layer
 from deaddir_fast.nets.layers.registry import Skipped
+from deaddir_fast.nets.look import Seen, look_at
 
 
 @dataclass(frozen=True)
@@ -54,120 +44,6 @@ class Survey:
     tokens: dict[str, int]
     skipped: tuple[Skipped, ...]
     samples: int
-
-
-@dataclass
-class _Seen:
-    """Prints of one layer's inputs under each reading of their layout."""
-
-    order: int
-    shape: tuple[int, ...]
-    prints: dict[str, Tensor | None]
-    calls: int = 1
-
-
-def _print(x: Tensor, n: int) -> Tensor | None:
-    """(n, 2) numbers that tell samples apart if they lead in x."""
-    if x.ndim == 0 or x.shape[0] % n or x.numel() == 0:
-        return None
-    rows = x.detach().reshape(n, -1).double()
-    angle = torch.arange(rows.shape[1], device=x.device, dtype=torch.float64)
-    # Irrational steps, so that no permutation of features has the same print.
-    return torch.stack([rows @ torch.cos(angle * 1.6180339887), rows.norm(dim=1)], 1).cpu()
-
-
-def _prints(x: Tensor, n: int) -> dict[str, Tensor | None]:
-    second = x.transpose(0, 1) if x.ndim >= 2 and x.shape[1] == n else None
-    return {
-        "samples": _print(x, n) if x.ndim and x.shape[0] == n else None,
-        "flat": _print(x, n) if x.ndim and x.shape[0] != n else None,
-        "second": None if second is None else _print(second, n),
-        "shared": _print(x, 1),
-    }
-
-
-def _near(one: Tensor, other: Tensor, first: Tensor, eps: float) -> bool:
-    apart = float((first[:1] - first[1:]).abs().max()) if len(first) > 1 else 0.0
-    limit = 0.02 * apart + 64 * eps * float(first.abs().max())
-    return bool((one - other).abs().max() <= limit)
-
-
-def _layout(first: _Seen, turned: _Seen | None, twice: _Seen | None, eps: float) -> str:
-    """Which reading of the layout fits samples (0, 1), then (1, 0), then (1, 1)."""
-    if turned is None or twice is None:
-        return "unknown"
-    for layout in ("samples", "flat", "second", "shared"):
-        p, q, r = (seen.prints[layout] for seen in (first, turned, twice))
-        if p is None or q is None or r is None or not p.shape == q.shape == r.shape:
-            continue
-        # A row routed here from one sample is the same however the two are ordered; it is not what
-        # all samples share, which stays the same when one of them goes.
-        if _near(p.flip(0), q, p, eps) and _near(p[-1:].expand_as(p), r, p, eps):
-            return layout
-    return "unknown"
-
-
-@dataclass
-class _Look:
-    """The taps of one pass."""
-
-    n: int
-    check: bool
-    seen: dict[str, _Seen] = field(default_factory=dict)
-    leaders: dict[str, str] = field(default_factory=dict)
-    wrong: dict[str, str] = field(default_factory=dict)
-    outputs: dict[str, Tensor] = field(default_factory=dict)
-    last: list[tuple[str, Tensor, int]] = field(default_factory=list)
-
-    def __call__(self, layer: Layer, x: Tensor, z: Tensor) -> Tensor:
-        if layer.name in self.seen:
-            self.seen[layer.name].calls += 1
-            self.leaders.pop(layer.name, None)
-            return z
-        for name, tensor, version in self.last:
-            if tensor is x and x._version == version and layer.form == "matrix":
-                self.leaders[layer.name] = name
-        if layer.form == "matrix" and layer.name not in self.leaders:
-            self.last = [*self.last[-3:], (layer.name, x, x._version)]
-        # Which rows go to an expert is no layout; that of the tokens they come from is one.
-        whole = x if layer.source is None else layer.source
-        self.seen[layer.name] = _Seen(len(self.seen), tuple(x.shape), _prints(whole, self.n))
-        self.outputs = {layer.name: z}
-        if self.check:
-            self._compare(layer, x, z)
-        return z
-
-    def _compare(self, layer: Layer, x: Tensor, z: Tensor) -> None:
-        try:
-            again = layer.recompute(x)
-        except (RuntimeError, ValueError, TypeError) as error:
-            self.wrong[layer.name] = (
-                f"its output is not the map of its input it should be ({error})"
-            )
-            return
-        if not _alike(again, z):
-            self.wrong[layer.name] = "its output is not the linear map of its input"
-
-    def verify(self, adapter: Adapter, ours: Any, theirs: Any) -> None:
-        """Refuse the maps of a module whose forward is not what it is taken for."""
-        pairs = zip(pytree.tree_leaves(ours), pytree.tree_leaves(theirs), strict=True)
-        if all(_alike(a, b) for a, b in pairs if isinstance(b, Tensor)):
-            return
-        for layer in adapter.layers:
-            self.wrong[layer.name] = "its forward does not compute what such a module should"
-
-
-def _alike(one: Tensor, other: Tensor) -> bool:
-    """Equal to rounding, but never so much of it in 16-bit formats that anything would pass."""
-    if one.shape != other.shape:
-        return False
-    if not other.is_floating_point():
-        return torch.equal(one, other)
-    finite = other[other.isfinite()]
-    size = float(finite.abs().max()) if finite.numel() else 0.0
-    relative = min(256 * torch.finfo(other.dtype).eps, 0.05)
-    close = torch.isclose(one, other, rtol=0, atol=relative * size + 1e-30, equal_nan=True)
-    return bool(close.all())
 
 
 def _chosen(names: Sequence[str], layers: Sequence[str] | None) -> set[str]:
@@ -212,35 +88,28 @@ def survey(
     if n == 0:
         raise _check.fail("inputs", inputs, "at least one sample")
     few = slice_batch(inputs, 0, n)
-    first, head = _look(model, found, few, n, check=True)
-    turned: dict[str, _Seen] = {}
-    twice: dict[str, _Seen] = {}
-    if n == 2:
-        turned = _look(model, found, _pick(few, [1, 0]), n, check=False)[0].seen
-        twice = _look(model, found, _pick(few, [1, 1]), n, check=False)[0].seen
+    eps = max(torch.finfo(p.dtype).eps for p in model.parameters() if p.is_floating_point())
+    first, layouts = look_at(model, found, few, n, eps)
+    seen = first.seen
     everything = {layer.name: layer for a in found.values() for layer in a.layers}
     wrong = first.wrong
+    for name, layer in everything.items():
+        for parameter in (layer.weight, layer.bias):
+            if first.uses is not None and parameter in first.uses.found:
+                use = first.uses.found[parameter]
+                wrong.setdefault(name, f"its {parameter} is also used outside of it, by {use}")
     ordered = sorted(
         (name for name in names if name in wanted and name not in wrong),
-        key=lambda name: first.seen[name].order if name in first.seen else len(first.seen),
+        key=lambda name: seen[name].order if name in seen else len(seen),
     )
-    eps = max(torch.finfo(p.dtype).eps for p in model.parameters() if p.is_floating_point())
-    tokens: dict[str, int] = {}
     for name in ordered:
-        layer, seen = everything[name], first.seen.get(name)
         # Of a module that these samples do not use nothing is known.
-        layer.layout = "unknown"
-        if seen is not None:
-            one = _layout(seen, turned.get(name), twice.get(name), eps)
-            layer.layout = one if n == 2 else "samples"
-        tokens[name] = layer.tokens(seen.shape, n) if seen is not None else 0
-        if layer.misused is not None:
-            wrong[name] = layer.misused
-        if layer.kind == "norm" and layer.layout == "unknown":
-            why = "which rows of it belong to which sample is not known"
-            wrong[name] = why if seen is not None else "it is not used by the first two samples"
-    _same_for_all_experts([everything[name] for name in ordered], first.seen)
-    _try_spread(model, few, n, found, [everything[name] for name in ordered], wrong)
+        everything[name].layout = layouts.get(name, "unknown")
+    _same_for_all_experts([everything[name] for name in ordered], seen)
+    for name in ordered:
+        why = _why_not(everything[name], name in seen)
+        if why is not None:
+            wrong[name] = why
     ordered = [name for name in ordered if name not in wrong]
     for name, why in wrong.items():
         layer = everything[name]
@@ -248,6 +117,7 @@ def survey(
             skipped.append(Skipped(name, type(layer.module).__name__, layer.parameters, why))
     _report(skipped, strict, layers)
     kept = set(ordered)
+    alone = {f: by for f, by in first.leaders.items() if seen[f].calls == seen[by].calls == 1}
     by_weight: dict[str, str] = {}
     tied = {}
     for name in ordered:
@@ -257,15 +127,14 @@ def survey(
     return Survey(
         tuple(a for a in found.values() if any(layer.name in kept for layer in a.layers)),
         {name: everything[name] for name in ordered},
-        _usable(
-            {f: by for f, by in first.leaders.items() if first.seen[by].calls == 1},
-            everything,
-            kept,
-        ),
+        _usable(alone, everything, kept),
         tied,
-        head if head in kept else None,
-        {name: first.seen[name].calls if name in first.seen else 0 for name in ordered},
-        tokens,
+        first.head if first.head in kept else None,
+        {name: seen[name].calls if name in seen else 0 for name in ordered},
+        {
+            name: everything[name].tokens(seen[name].shape, n) if name in seen else 0
+            for name in ordered
+        },
         tuple(skipped),
         n,
     )
@@ -296,7 +165,20 @@ def _report(skipped: Sequence[Skipped], strict: bool, layers: Sequence[str] | No
     warnings.warn(message, UserWarning, stacklevel=4)
 
 
-def _same_for_all_experts(layers: Sequence[Layer], seen: Mapping[str, _Seen]) -> None:
+def _why_not(layer: Layer, used: bool) -> str | None:
+    """Why a layer is left out, if it is."""
+    if layer.misused is not None:
+        return layer.misused
+    if layer.layout == "mixed":
+        return "some of its uses have one row for all samples and others do not"
+    if layer.kind == "norm" and not used:
+        return "it is not used by the first two samples"
+    if layer.kind == "norm" and layer.layout == "unknown":
+        return "which rows of it belong to which sample is not known"
+    return None
+
+
+def _same_for_all_experts(layers: Sequence[Layer], seen: Mapping[str, Seen]) -> None:
     """Experts of one module get rows of one tensor, whether or not any came on these samples."""
     known = {
         layer.module: layer.layout
@@ -306,62 +188,3 @@ def _same_for_all_experts(layers: Sequence[Layer], seen: Mapping[str, _Seen]) ->
     for layer in layers:
         if layer.routed:
             layer.layout = known.get(layer.module, "unknown")
-
-
-def _try_spread(
-    model: nn.Module,
-    inputs: Any,
-    n: int,
-    found: dict[str, Adapter],
-    layers: Sequence[Layer],
-    wrong: dict[str, str],
-) -> None:
-    """Whether the model takes one row for each sample where a layer gives one for all."""
-    shared = [layer for layer in layers if layer.layout == "shared" and layer.name not in wrong]
-    if not shared or n == 1:
-        return
-    with torch.no_grad():
-        plain = call_plainly(model, inputs)
-
-    def works(some: Sequence[Layer]) -> bool:
-        def tap(layer: Layer, x: Tensor, z: Tensor) -> Tensor:
-            return layer.spread(z, n)[0] if layer in some else z
-
-        undo = [adapter.attach(tap) for adapter in found.values()]
-        try:
-            with torch.no_grad():
-                return _alike(call_plainly(model, inputs), plain)
-        except (RuntimeError, ValueError, TypeError, IndexError, AssertionError):
-            return False
-        finally:
-            for stop in reversed(undo):
-                stop()
-
-    if works(shared):
-        return
-    for layer in shared:
-        if not works([layer]):
-            wrong[layer.name] = (
-                "it has one row for all samples, and the model does not take one for each"
-            )
-
-
-def _pick(inputs: Any, order: list[int]) -> Any:
-    return pytree.tree_map(lambda x: x[order] if isinstance(x, Tensor) else x, inputs)
-
-
-def _look(
-    model: nn.Module, found: dict[str, Adapter], inputs: Any, n: int, *, check: bool
-) -> tuple[_Look, str | None]:
-    look = _Look(n, check)
-    undo: list[Callable[[], None]] = []
-    try:
-        for adapter in found.values():
-            undo.append(adapter.attach(look, look.verify if check else None))
-        with torch.no_grad():
-            z = call_plainly(model, inputs)
-    finally:
-        for stop in reversed(undo):
-            stop()
-    head = next((name for name, out in look.outputs.items() if out is z), None)
-    return look, head

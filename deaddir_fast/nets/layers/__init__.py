@@ -10,11 +10,11 @@ from deaddir_fast.nets.layers import (  # noqa: F401 # each registers its family
     conv,
     embedding,
     experts,
+    functional,
     linear,
     norm,
     recurrent,
 )
-from deaddir_fast.nets.layers import functional  # noqa: F401, I001 # last: whatever is left over
 from deaddir_fast.nets.layers.base import Adapter, Layer
 from deaddir_fast.nets.layers.registry import Unsupported, adapters
 

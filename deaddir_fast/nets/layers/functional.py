@@ -118,7 +118,7 @@ def _holds_matrix(module: nn.Module) -> bool:
     )
 
 
-@register_look(_holds_matrix)
+@register_look(_holds_matrix, last=True)
 def matrices(name: str, module: nn.Module, own: Mapping[str, str]) -> Adapter:
     """Adapter of a module of any other type that holds matrices itself."""
     if "forward" in vars(module):

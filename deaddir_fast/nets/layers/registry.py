@@ -1,4 +1,4 @@
-"""Which modules are layers: one builder per family, found by type or by what a module looks like."""
+"""Which modules are layers: a builder for each family, found by type or by its look."""
 
 from __future__ import annotations
 
@@ -19,6 +19,7 @@ class Unsupported(Exception):
 
 _BY_TYPE: dict[type[nn.Module], Build] = {}
 _BY_LOOK: list[tuple[Callable[[nn.Module], bool], Build]] = []
+_LAST: list[tuple[Callable[[nn.Module], bool], Build]] = []
 
 
 def register(*types: type[nn.Module]) -> Callable[[Build], Build]:
@@ -32,11 +33,16 @@ def register(*types: type[nn.Module]) -> Callable[[Build], Build]:
     return decorate
 
 
-def register_look(looks: Callable[[nn.Module], bool]) -> Callable[[Build], Build]:
-    """Decorator: this builder makes adapters for modules of which ``looks`` is true."""
+def register_look(
+    looks: Callable[[nn.Module], bool], *, last: bool = False
+) -> Callable[[Build], Build]:
+    """Decorator: this builder makes adapters for modules of which ``looks`` is true.
+
+    With ``last`` only where no other builder does.
+    """
 
     def decorate(build: Build) -> Build:
-        _BY_LOOK.append((looks, build))
+        (_LAST if last else _BY_LOOK).append((looks, build))
         return build
 
     return decorate
@@ -46,7 +52,7 @@ def _builder(module: nn.Module) -> Build | None:
     for kind in type(module).__mro__:
         if kind in _BY_TYPE:
             return _BY_TYPE[kind]
-    return next((build for looks, build in _BY_LOOK if looks(module)), None)
+    return next((build for looks, build in (*_BY_LOOK, *_LAST) if looks(module)), None)
 
 
 @dataclass(frozen=True)

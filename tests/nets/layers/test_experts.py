@@ -148,7 +148,7 @@ def test_factors(kind: type[nn.Module], masked: bool) -> None:
         )
 
         def spy(a: Tensor, w: Tensor, b: Tensor | None = None, *, weight: Tensor = weight,
-                tapes: list[Tensor] = tapes) -> Tensor:  # fmt: skip
+                tapes: list[Tensor] = tapes, linear: Any = linear) -> Tensor:  # fmt: skip
             z = linear(a, w, b)
             at = weight[1] if kind is Experts else weight
             if w.data_ptr() == at.data_ptr() and w.shape == at.shape:
