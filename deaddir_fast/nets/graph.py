@@ -202,6 +202,8 @@ def check_deterministic(model: nn.Module) -> None:
     """
     for name, module in model.named_modules():
         random = isinstance(module, nn.modules.dropout._DropoutNd) and module.p > 0
+        if isinstance(module, (nn.MultiheadAttention, nn.RNNBase)):
+            random = module.dropout > 0
         batch = isinstance(module, nn.modules.batchnorm._BatchNorm)
         if module.training and (random or batch):
             kind = type(module).__name__

@@ -110,19 +110,22 @@ class Streams:
         version = x._version
         sink_of = self.on_gradient
 
+        at, routes = 0, (layer.owners, layer.sources)
+
         def sink(grad: Tensor) -> None:
             if kept is not None and kept._version != version:
                 raise RuntimeError(
                     f"{layer.name}: its input was changed in place after it was used; the model "
                     "would have to copy it first"
                 )
+            if layer.routed:
+                layer.owners, layer.sources = routes  # those of this use
             with torch.no_grad():
-                sink_of(layer, grad, kept)
+                sink_of(layer, grad.movedim(at, 0) if at else grad, kept)
 
-        if layer.layout == "shared" and z.shape[:1] != (self.samples,):
-            # One row for all samples: their gradients would arrive summed.
-            z = z if z.shape[0] == 1 and z.ndim > 2 else z.unsqueeze(0)
-            z = z.expand(self.samples, *z.shape[1:])
+        if layer.layout == "shared":
+            # One output for all samples: their gradients would arrive summed.
+            z, at = layer.spread(z, self.samples)
         return _Tap.apply(z, self._anchor, sink)
 
     def forward(self, inputs: Any, samples: int) -> Tensor:

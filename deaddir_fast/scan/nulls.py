@@ -174,7 +174,7 @@ def _run(
         projected = inputs.get(layer.name)
         if projected is None:
             return
-        for piece in layer.pieces(x, n):
+        for piece, _ in layer.pieces(x, n):
             rows = piece.flatten(0, 1)
             if layer.bias is not None:
                 rows = torch.cat([rows, rows.new_ones(len(rows), 1)], 1)

@@ -25,10 +25,14 @@ class Embedding(Layer):
 
     def gradients(self, grad: Tensor, n: int, x: Tensor | None = None) -> Tensor:
         """(n, t, o); zero where the index is the padding index, whose row never moves."""
-        padding = self.padding
-        if padding is not None and x is not None:
-            grad = grad.masked_fill((x == padding).unsqueeze(-1), 0)
-        return self.samples_first(grad, n)
+        g = self.per_sample(grad, n)
+        if self.padding is not None and x is not None:
+            g = g.masked_fill(self.rows(x, n) == self.padding, 0)
+        return g
+
+    def tokens(self, shape: tuple[int, ...], n: int) -> int:
+        """Indices per sample."""
+        return super().tokens((*shape, 1), n)
 
     @property
     def padding(self) -> int | None:
