@@ -84,7 +84,7 @@ def _layouts(passes: list[Look], eps: float) -> dict[str, str]:
         if len(same) != 2 or any(len(prints) != seen.calls for prints in same):
             found[name] = "unknown"
             continue
-        uses = {_layout(*prints, eps) for prints in zip(seen.prints, *same, strict=True)}
+        uses = {_layout(p, q, r, eps) for p, q, r in zip(seen.prints, *same, strict=True)}
         found[name] = uses.pop() if len(uses) == 1 else "mixed" if "shared" in uses else "unknown"
     return found
 

@@ -451,3 +451,28 @@ def test_curvature_of_directions(seed: int) -> None:
         exact = ((p * dz.square()).sum(-1) - (p * dz).sum(-1).square()).mean()
         got = moved[j].square().sum(0).mean()
         torch.testing.assert_close(got, exact, rtol=1e-8, atol=1e-12)
+
+
+@pytest.mark.parametrize("how", ["plain", "time first", "flat"])
+@pytest.mark.parametrize("kfac", ["expand", "reduce"])
+def test_batches_that_begin_with_one_sample(how: str, kfac: str) -> None:
+    """One sample does not tell layouts; the next batch does."""
+    torch.manual_seed(10)
+    model = randomised(Positions(how))
+    ids = torch.randint(0, 11, (5, 4))
+    once = dd.kron_factors(model, ids, kfac=kfac)
+    parts = dd.kron_factors(model, [ids[:1], ids[1:4], ids[4:]], kfac=kfac)
+    assert set(once) == set(parts) and len(once) == 5
+    for name in once:
+        torch.testing.assert_close(parts[name].A, once[name].A, rtol=1e-12, atol=1e-12)
+        torch.testing.assert_close(parts[name].G, once[name].G, rtol=1e-11, atol=1e-12)
+
+
+def test_one_sample_did_not_tell_that_a_norm_mixes_them() -> None:
+    torch.manual_seed(10)
+    model = randomised(Positions("flat, time first"))
+    ids = torch.randint(0, 11, (4, 4))
+    with pytest.raises(
+        ValueError, match="batches: with one sample in the first batch (norm|place) seemed"
+    ):
+        dd.kron_factors(model, [ids[:1], ids[1:]])
