@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from deaddir_fast.nets.graph import call_plainly
-from deaddir_fast.nets.layers.base import Adapter, Layer
+from deaddir_fast.nets.layers.base import Adapter, Layer, slow_path
 from deaddir_fast.nets.uses import Uses, uses_outside
 
 Prints = dict[str, Tensor | None]
@@ -166,7 +166,7 @@ class Look:
 
     def run(self, model: nn.Module, adapters: Mapping[str, Adapter], inputs: Any) -> Look:
         """Tap the adapters in one forward pass."""
-        undo: list[Callable[[], None]] = []
+        undo: list[Callable[[], None]] = [slow_path()]
         try:
             for adapter in adapters.values():
                 undo.append(adapter.attach(self, self.verify if self.check else None))

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from deaddir_fast.nets.graph import call_plainly
-from deaddir_fast.nets.layers.base import Layer
+from deaddir_fast.nets.layers.base import Layer, slow_path
 from deaddir_fast.nets.precision import ieee
 from deaddir_fast.nets.survey import Survey
 
@@ -81,6 +81,7 @@ class Streams:
         config = getattr(self.model, "config", None)
         if config is not None and getattr(config, "use_cache", None):
             self._cache, config.use_cache = config, False
+        self._undo.append(slow_path())
         try:
             for adapter in self.survey.adapters:
                 self._undo.append(adapter.attach(self._tap))

@@ -144,6 +144,44 @@ def test_embedding(padding: int | None) -> None:
     torch.testing.assert_close(f.A, counts)
 
 
+class Scaled(nn.Embedding):
+    """Gemma's: a constant times the rows."""
+
+    def __init__(self, *args: Any, **options: Any) -> None:
+        super().__init__(*args, **options)
+        self.register_buffer("embed_scale", torch.tensor(2.5), persistent=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x) * self.embed_scale
+
+
+def test_scaled_embedding() -> None:
+    torch.manual_seed(2)
+    model = nn.Sequential(Scaled(7, 4, padding_idx=1), nn.Linear(4, 3))
+    check_model(randomised(model), torch.tensor([[0, 2, 1, 6], [1, 2, 3, 3]]))
+
+
+class Predictions(nn.Module):
+    """BERT's: the bias of the decoder is held by the module around it too."""
+
+    def __init__(self, also: bool) -> None:
+        super().__init__()
+        self.bias = nn.Parameter(torch.randn(5))
+        self.decoder = nn.Linear(4, 5)
+        self.decoder.bias, self.also = self.bias, also
+
+    def forward(self, x: Tensor) -> Tensor:
+        z = self.decoder(x)
+        return z + self.bias if self.also else z
+
+
+def test_a_bias_that_two_modules_hold() -> None:
+    torch.manual_seed(2)
+    check_model(randomised(Predictions(False)), randn(3, 6, 4))
+    with pytest.raises(ValueError, match="its bias is also used outside of it, by add"):
+        survey(randomised(Predictions(True)), randn(3, 6, 4), strict=True)
+
+
 class Positions(nn.Module):
     """Token and position embeddings, laid out in one of several ways."""
 
@@ -473,6 +511,6 @@ def test_one_sample_did_not_tell_that_a_norm_mixes_them() -> None:
     model = randomised(Positions("flat, time first"))
     ids = torch.randint(0, 11, (4, 4))
     with pytest.raises(
-        ValueError, match="batches: with one sample in the first batch (norm|place) seemed"
+        ValueError, match=r"batches: with one sample in the first batch (norm|place) seemed"
     ):
         dd.kron_factors(model, [ids[:1], ids[1:]])
