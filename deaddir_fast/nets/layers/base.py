@@ -263,7 +263,7 @@ class ForwardAdapter(Adapter):
 
 
 def slow_path() -> Callable[[], None]:
-    """Turn off torch's fused Transformer layers, which call no submodule; returns what undoes it."""
+    """Turn off torch's fused Transformer layers, which call no submodule; returns the undo."""
     before = torch.backends.mha.get_fastpath_enabled()
     torch.backends.mha.set_fastpath_enabled(False)
     return lambda: torch.backends.mha.set_fastpath_enabled(before)
