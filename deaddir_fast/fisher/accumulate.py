@@ -14,7 +14,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from deaddir_fast.ops._blocks import blocks
+from deaddir_fast.ops._blocks import WORKSPACE, blocks
 from deaddir_fast.ops.gram_packed import entries, gram_packed
 
 #: Rows held back before an update: above this the triangle's traffic is below a tenth of the work.
@@ -109,18 +109,19 @@ class GroupedSum(GramSum):
     """
 
     def __init__(self, groups: int, width: int, dtype: torch.dtype, device: torch.device) -> None:
-        # Narrow triangles are cheap to update: hold back a few times their width only.
-        self._start((groups,), width, dtype, device, max(64, min(ROWS, 8 * width)))
+        # Held back: as many as fill a bounded buffer.
+        each = groups * width * dtype.itemsize
+        self._start((groups,), width, dtype, device, max(64, min(ROWS, WORKSPACE // each)))
 
     def _update(self, rows: Tensor) -> None:
         wide = torch.float64 if rows.dtype == torch.float64 else torch.float32
-        by_group = rows.movedim(0, 1)  # (groups, m, d)
         each = (self.width + len(rows)) * self.width * wide.itemsize
         row, column = torch.tril_indices(self.width, self.width, device=rows.device)
-        for some in blocks(len(by_group), each):
-            x = by_group[some].to(wide)
-            self.sums[some] += x.sum(1)
-            self.packed[some] += torch.bmm(x.mT, x)[:, row, column]
+        for some in blocks(rows.shape[1], each):
+            # (groups, d, m): long rows make the fastest batch of products.
+            x = rows[:, some].permute(1, 2, 0).to(wide).contiguous()
+            self.sums[some] += x.sum(2)
+            self.packed[some] += torch.bmm(x, x.mT)[:, row, column]
 
 
 def unpack(packed: Tensor, width: int) -> Tensor:

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from deaddir_fast.nets.graph import call_plainly
-from deaddir_fast.nets.layers.base import Adapter, Layer
+from deaddir_fast.nets.layers.base import Adapter, Layer, slow_path
 from deaddir_fast.nets.uses import Uses, uses_outside
 
 Prints = dict[str, Tensor | None]
@@ -84,7 +84,7 @@ def _layouts(passes: list[Look], eps: float) -> dict[str, str]:
         if len(same) != 2 or any(len(prints) != seen.calls for prints in same):
             found[name] = "unknown"
             continue
-        uses = {_layout(*prints, eps) for prints in zip(seen.prints, *same, strict=True)}
+        uses = {_layout(p, q, r, eps) for p, q, r in zip(seen.prints, *same, strict=True)}
         found[name] = uses.pop() if len(uses) == 1 else "mixed" if "shared" in uses else "unknown"
     return found
 
@@ -175,7 +175,7 @@ class Look:
 
     def run(self, model: nn.Module, adapters: Mapping[str, Adapter], inputs: Any) -> Look:
         """Tap the adapters in one forward pass."""
-        undo: list[Callable[[], None]] = []
+        undo: list[Callable[[], None]] = [slow_path()]
         try:
             for adapter in adapters.values():
                 undo.append(adapter.attach(self, self.verify if self.check else None))

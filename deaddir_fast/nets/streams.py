@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from deaddir_fast.nets.graph import call_plainly
-from deaddir_fast.nets.layers.base import Layer
+from deaddir_fast.nets.layers.base import Layer, slow_path
 from deaddir_fast.nets.precision import ieee
 from deaddir_fast.nets.survey import Survey
 
@@ -35,7 +35,7 @@ class _Tap(torch.autograd.Function):
         return z.detach()
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, None, None]:  # type: ignore[override]
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, None, None]:
         ctx.sink(grad)
         return (grad if ctx.through else None), None, None
 
@@ -79,8 +79,9 @@ class Streams:
             p.requires_grad_(False)
         # Key and value caches of language models would be built for nothing.
         config = getattr(self.model, "config", None)
-        if getattr(config, "use_cache", None):
+        if config is not None and getattr(config, "use_cache", None):
             self._cache, config.use_cache = config, False
+        self._undo.append(slow_path())
         try:
             for adapter in self.survey.adapters:
                 self._undo.append(adapter.attach(self._tap))

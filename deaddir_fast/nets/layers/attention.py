@@ -6,14 +6,14 @@ key and value are one tensor they share the inputs a.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from deaddir_fast.nets.layers.base import Adapter, ForwardAdapter, Tap, Verify, stack_bias
+from deaddir_fast.nets.layers.base import Adapter, ForwardAdapter, Tap, stack_bias
 from deaddir_fast.nets.layers.linear import Linear, names_of
 from deaddir_fast.nets.layers.registry import Unsupported, register
 
@@ -53,18 +53,6 @@ class AttentionAdapter(ForwardAdapter):
     """The maps q, k, v and out_proj of an nn.MultiheadAttention."""
 
     module: nn.MultiheadAttention
-
-    def attach(self, tap: Tap, verify: Verify | None = None) -> Callable[[], None]:
-        """Replace the forward; torch's fused kernels around it would not call it."""
-        fast = torch.backends.mha.get_fastpath_enabled()
-        torch.backends.mha.set_fastpath_enabled(False)
-        stop = super().attach(tap, verify)
-
-        def undo() -> None:
-            stop()
-            torch.backends.mha.set_fastpath_enabled(fast)
-
-        return undo
 
     def run(
         self,

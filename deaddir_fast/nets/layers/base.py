@@ -262,6 +262,13 @@ class ForwardAdapter(Adapter):
         return undo
 
 
+def slow_path() -> Callable[[], None]:
+    """Turn off torch's fused Transformer layers, which call no submodule; returns the undo."""
+    before = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)
+    return lambda: torch.backends.mha.set_fastpath_enabled(before)
+
+
 def stack_bias(weight: Tensor | None, bias: Tensor | None, shape: tuple[int, ...]) -> Tensor | None:
     """(p, ..., o, i) and (p, ..., o) to (p, ..., o, i + 1); what does not move counts as 0."""
     if weight is None and bias is None:

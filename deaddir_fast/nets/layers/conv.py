@@ -58,10 +58,8 @@ class Conv(Layer):
     def _unfold(self, view: Tensor) -> Tensor:
         """(N, *positions, c, *kernel) to (N, t, i), or (N, t, groups, i)."""
         count = view.shape[: 1 + self.spatial].numel() // max(1, len(view))
-        shape = (len(view), count, self.inputs)
-        if self.groups > 1:
-            shape = (len(view), count, self.groups, self.inputs)
-        return view.reshape(shape)
+        lead = (self.groups,) if self.groups > 1 else ()
+        return view.reshape(len(view), count, *lead, self.inputs)
 
     def rows(self, x: Tensor, n: int) -> Tensor:
         """(n, t, i); (n, t, groups, i) with groups. All at once: see ``pieces``."""

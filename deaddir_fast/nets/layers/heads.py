@@ -134,21 +134,21 @@ def _of_module(
         packed = inside(child)
         if packed not in layers or not type(module).__name__.startswith(start):
             continue
-        width = _number(module, _WIDTH)
-        if width is None:
+        size = _number(module, _WIDTH)
+        if size is None:
             return
         layer = layers[packed]
         heads = (
-            _by_head(count, width, layer)
+            _by_head(count, size, layer)
             if by_head
-            else _even("qkv", (count, fewer, fewer), width, "outputs", layer)
+            else _even("qkv", (count, fewer, fewer), size, "outputs", layer)
         )
         if heads is None:
             return
         yield packed, heads
         place = _after(name, after, layers)
         if place is not None:
-            yield place, _even("o", (count,), width, "inputs", layers[place])
+            yield place, _even("o", (count,), size, "inputs", layers[place])
         return
 
 

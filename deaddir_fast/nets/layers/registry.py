@@ -81,6 +81,7 @@ def adapters(model: nn.Module) -> tuple[dict[str, Adapter], list[Skipped]]:
     canonical = {id(p): name for name, p in model.named_parameters()}
     found: dict[str, Adapter] = {}
     skipped: list[Skipped] = []
+    rest: list[tuple[str, nn.Module, str]] = []
     covered: dict[nn.Module, set[str]] = {}  # what adapters of the modules around it stand for
     for name, module in model.named_modules():
         own = {
@@ -104,16 +105,21 @@ def adapters(model: nn.Module) -> tuple[dict[str, Adapter], list[Skipped]]:
                 why = "beside the parameters that its layers have"
                 for part in module.modules():
                     covered.setdefault(part, set()).update(done)
+        if any(id(p) in canonical for p in module.parameters(recurse=False)):
+            rest.append((name, module, why))
+    # A parameter that a layer of another module has too (a bias held twice) is accounted for; the
+    # survey sees to it that nothing else uses it.
+    layers = (layer for adapter in found.values() for layer in adapter.layers)
+    known = {p for layer in layers for p in (layer.weight, layer.bias) if p}
+    for name, module, why in rest:
         left = {
             key: p
             for key, p in module.named_parameters(recurse=False)
-            if canonical.get(id(p)) not in done
+            if canonical.get(id(p)) not in known
         }
         if left:
-            count = sum(p.numel() for p in left.values())
-            names = ", ".join(left)
             label = name or "(model)"
-            if build is not None and name in found:
-                label = f"{label}.{names}"
+            label = f"{label}.{', '.join(left)}" if name in found else label
+            count = sum(p.numel() for p in left.values())
             skipped.append(Skipped(label, type(module).__name__, count, why))
     return found, skipped

@@ -140,6 +140,12 @@ def test_transformer_encoder(batch_first: bool, norm_first: bool, padded: bool) 
     found = check_model(model, x)
     assert len(found.layers) == 2 * (4 + 2 + 2) + 1
     assert all(found.calls[name] == 1 for name in found.layers)
+    # Also where no attention is tapped.
+    whole = dd.kron_factors(model, x, likelihood="gaussian")
+    some = dd.kron_factors(model, x, likelihood="gaussian", layers=["*.0.linear1", "out"])
+    assert set(some) == {"stack.layers.0.linear1", "out"}
+    for name, f in some.items():
+        torch.testing.assert_close(f.G, whole[name].G, rtol=1e-12, atol=1e-14)
 
 
 def test_transformer_decoder() -> None:

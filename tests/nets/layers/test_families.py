@@ -144,6 +144,44 @@ def test_embedding(padding: int | None) -> None:
     torch.testing.assert_close(f.A, counts)
 
 
+class Scaled(nn.Embedding):
+    """Gemma's: a constant times the rows."""
+
+    def __init__(self, *args: Any, **options: Any) -> None:
+        super().__init__(*args, **options)
+        self.register_buffer("embed_scale", torch.tensor(2.5), persistent=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x) * self.embed_scale
+
+
+def test_scaled_embedding() -> None:
+    torch.manual_seed(2)
+    model = nn.Sequential(Scaled(7, 4, padding_idx=1), nn.Linear(4, 3))
+    check_model(randomised(model), torch.tensor([[0, 2, 1, 6], [1, 2, 3, 3]]))
+
+
+class Predictions(nn.Module):
+    """BERT's: the bias of the decoder is held by the module around it too."""
+
+    def __init__(self, also: bool) -> None:
+        super().__init__()
+        self.bias = nn.Parameter(torch.randn(5))
+        self.decoder = nn.Linear(4, 5)
+        self.decoder.bias, self.also = self.bias, also
+
+    def forward(self, x: Tensor) -> Tensor:
+        z = self.decoder(x)
+        return z + self.bias if self.also else z
+
+
+def test_a_bias_that_two_modules_hold() -> None:
+    torch.manual_seed(2)
+    check_model(randomised(Predictions(False)), randn(3, 6, 4))
+    with pytest.raises(ValueError, match="its bias is also used outside of it, by add"):
+        survey(randomised(Predictions(True)), randn(3, 6, 4), strict=True)
+
+
 class Positions(nn.Module):
     """Token and position embeddings, laid out in one of several ways."""
 
@@ -451,3 +489,28 @@ def test_curvature_of_directions(seed: int) -> None:
         exact = ((p * dz.square()).sum(-1) - (p * dz).sum(-1).square()).mean()
         got = moved[j].square().sum(0).mean()
         torch.testing.assert_close(got, exact, rtol=1e-8, atol=1e-12)
+
+
+@pytest.mark.parametrize("how", ["plain", "time first", "flat"])
+@pytest.mark.parametrize("kfac", ["expand", "reduce"])
+def test_batches_that_begin_with_one_sample(how: str, kfac: str) -> None:
+    """One sample does not tell layouts; the next batch does."""
+    torch.manual_seed(10)
+    model = randomised(Positions(how))
+    ids = torch.randint(0, 11, (5, 4))
+    once = dd.kron_factors(model, ids, kfac=kfac)
+    parts = dd.kron_factors(model, [ids[:1], ids[1:4], ids[4:]], kfac=kfac)
+    assert set(once) == set(parts) and len(once) == 5
+    for name in once:
+        torch.testing.assert_close(parts[name].A, once[name].A, rtol=1e-12, atol=1e-12)
+        torch.testing.assert_close(parts[name].G, once[name].G, rtol=1e-11, atol=1e-12)
+
+
+def test_one_sample_did_not_tell_that_a_norm_mixes_them() -> None:
+    torch.manual_seed(10)
+    model = randomised(Positions("flat, time first"))
+    ids = torch.randint(0, 11, (4, 4))
+    with pytest.raises(
+        ValueError, match=r"batches: with one sample in the first batch (norm|place) seemed"
+    ):
+        dd.kron_factors(model, [ids[:1], ids[1:]])

@@ -160,3 +160,59 @@ def test_labels_in_order() -> None:
     assert found["attend.q"] == Heads("outputs", ("q0", "q1", "q2"), ((0, 4), (4, 8), (8, 12)))
     assert found["attend.out_proj"].axis == "inputs"
     assert all(re.fullmatch("o[0-2]", x) for x in found["attend.out_proj"].labels)
+
+
+class Toy(nn.Module):
+    """Attention with 4 heads of width 3, its projections laid out as in one of the families."""
+
+    def __init__(self, fewer: int = 4) -> None:
+        super().__init__()
+        self.num_heads, self.num_key_value_heads, self.head_dim = 4, fewer, 3
+
+    def mix(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """(n, t, heads, 3) each to (n, t, 12)."""
+        k, v = (z.repeat_interleave(4 // z.shape[2], 2) for z in (k, v))
+        weights = torch.softmax(torch.einsum("nthd,nshd->nhts", q, k), -1)
+        return torch.einsum("nhts,nshd->nthd", weights, v).flatten(2)
+
+
+class Separate(Toy):
+    def __init__(self) -> None:
+        super().__init__(fewer=2)
+        self.q_proj, self.o_proj = nn.Linear(8, 12), nn.Linear(12, 8)
+        self.k_proj, self.v_proj = nn.Linear(8, 6), nn.Linear(8, 6)
+
+    def forward(self, x: Tensor) -> Tensor:
+        parts = (p(x).unflatten(-1, (-1, 3)) for p in (self.q_proj, self.k_proj, self.v_proj))
+        return self.o_proj(self.mix(*parts))
+
+
+class Packed(Toy):
+    def __init__(self) -> None:
+        super().__init__()
+        self.c_attn, self.c_proj = nn.Linear(8, 36), nn.Linear(12, 8)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.c_proj(self.mix(*self.c_attn(x).unflatten(-1, (3, 4, 3)).unbind(2)))
+
+
+class GPTNeoXLike(Toy):
+    def __init__(self) -> None:
+        super().__init__()
+        self.query_key_value, self.dense = nn.Linear(8, 36), nn.Linear(12, 8)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.dense(self.mix(*self.query_key_value(x).unflatten(-1, (4, 3, 3)).unbind(3)))
+
+
+@pytest.mark.parametrize(
+    ("kind", "names"),
+    [
+        (Separate, ["q_proj", "k_proj", "v_proj", "o_proj"]),
+        (Packed, ["c_attn"] * 3 + ["c_proj"]),
+        (GPTNeoXLike, ["query_key_value"] * 3 + ["dense"]),
+    ],
+)
+def test_layouts_by_hand(kind: type[Toy], names: list[str]) -> None:
+    torch.manual_seed(2)
+    check(kind().double().eval(), torch.randn(2, 5, 8, dtype=torch.float64), [names])
