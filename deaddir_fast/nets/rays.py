@@ -286,7 +286,9 @@ class _Rays:
         """The forward for this many samples, recorded on these if it is not yet."""
         size = graph.batch_size(samples)
         if size not in self.captures:
-            self.captures[size] = graph.capture(self.model, samples, names=self.names)
+            self.captures[size] = graph.capture(
+                self.model, samples, names=self.names, keep_attention=True
+            )
         return self.captures[size]
 
     def _direct(self, parameters: dict[str, Tensor], samples: Any) -> Tensor:
