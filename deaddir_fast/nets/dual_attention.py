@@ -108,7 +108,7 @@ class _Tile:
             self.dot = torch.cat([tq, self.at], -1) if both else tq
         self.y = call.masks.weights(self._base_scores())
         self.base = torch.bmm(self.y, keys.v0[:, :seen])
-        self.shift = None if keys.shift is None else _from_shared(self.y, keys.shift[:, :seen])
+        self.shift = None if keys.shift is None else _from_shared(self.y, keys.shift[:, :, :seen])
 
     def _base_scores(self) -> Tensor:
         scores = torch.bmm(self.q0, self.keys.k0[:, : self.seen].mT)
