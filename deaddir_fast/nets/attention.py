@@ -98,20 +98,23 @@ class Plan:
         limit = min(most, max(_SMALL, points * shape.heads * shape.g * shape.queries * shape.v))
         rows = max(1, min(shape.queries, limit // row))
         at_once = max(1, min(points, limit // (rows * row)))
-        heads = limit // (at_once * rows * row) if at_once == points and rows == shape.queries else 1
+        heads = (
+            limit // (at_once * rows * row) if at_once == points and rows == shape.queries else 1
+        )
         return cls(max(1, min(shape.heads, heads)), rows, at_once)
 
 
 def scratch_elements(shape: Shape, device: str) -> int:
     """Numbers :class:`Plan` makes a rule hold beyond its arguments and result, per point.
 
-    Four tiles, and the operands of a block of heads laid out for matrix products.
+    Tiles (six where the weights are recomputed because some score moved far), and the operands of
+    a block of heads laid out for matrix products.
     """
     plan = Plan.of(shape, 1, device)
     row = shape.g * plan.rows
-    tiles = 4 * plan.heads * row * shape.keys
-    operands = shape.keys * (4 * shape.e + 4 * shape.v) + row * (5 * shape.e + 5 * shape.v)
-    return tiles + plan.heads * operands
+    keys = shape.keys * (8 * shape.e + 5 * shape.v)
+    queries = row * (8 * shape.e + 5 * shape.v)
+    return plan.heads * (6 * row * shape.keys + keys + queries)
 
 
 @dataclass(frozen=True)
@@ -247,10 +250,47 @@ def _(
     return Shape.of(query, key, value).empty(query)[0]
 
 
+OPERATION = torch.ops.deaddir.attention.default
+
 # Recording --------------------------------------------------------------------------------------
 
 _TORCH = torch._C._nn.scaled_dot_product_attention
 _RECORDING: ContextVar[bool] = ContextVar("recording", default=False)
+
+
+def _leads(
+    query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, grouped: bool
+) -> list[tuple[int, ...]] | None:
+    """Extents before the last two of each operand after broadcasting; None where that fails."""
+    given = [tuple(x.shape[:-2]) for x in (query, key, value)]
+    try:
+        if grouped:
+            (q, k, v) = (x[-1] for x in given)
+            if k != v or q % k:
+                return None
+            common = torch.broadcast_shapes(*(x[:-1] for x in given))
+            leads = [(*common, x[-1]) for x in given]
+        else:
+            leads = [tuple(torch.broadcast_shapes(*given))] * 3
+        size = torch.Size((*leads[0], query.shape[-2], key.shape[-2]))
+        if mask is not None and torch.broadcast_shapes(mask.shape, size) != size:
+            return None
+    except (RuntimeError, IndexError):
+        return None
+    return leads
+
+
+def _is_plain(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> bool:
+    """Whether operands are of the kinds and sizes that are computed here."""
+    given = (query, key, value)
+    return (
+        all(x.dtype == query.dtype and x.ndim >= 2 and x.numel() for x in given)
+        and not any(x.is_nested or torch._C._functorch.is_batchedtensor(x) for x in given)
+        and query.dtype in (torch.float64, torch.float32)
+        and (mask is None or mask.dtype in (torch.bool, query.dtype))
+        and query.shape[-1] == key.shape[-1]
+        and key.shape[-2] == value.shape[-2]
+    )
 
 
 def _whole(
@@ -269,47 +309,19 @@ def _whole(
     Left to torch: dropout, half precision, vmap inside the model, empty operands and arguments it
     would refuse.
     """
-    given = (query, key, value)
-
-    def torch_has_it() -> Tensor:
+    leads = None
+    both = is_causal and attn_mask is not None
+    if dropout_p == 0 and not both and _is_plain(query, key, value, attn_mask):
+        leads = _leads(query, key, value, attn_mask, enable_gqa)
+    if leads is None:
         return _TORCH(
             query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa
         )
-
-    if (
-        dropout_p != 0
-        or any(x.is_nested or x.numel() == 0 or x.ndim < 2 for x in given)
-        or any(torch._C._functorch.is_batchedtensor(x) for x in given)
-        or query.dtype not in (torch.float64, torch.float32)
-        or not query.dtype == key.dtype == value.dtype
-        or (attn_mask is not None and (is_causal or attn_mask.dtype not in (torch.bool, query.dtype)))
-        or query.shape[-1] != key.shape[-1]
-        or key.shape[-2] != value.shape[-2]
-    ):
-        return torch_has_it()
-    leads = [x.shape[:-2] for x in given]
-    grouped = enable_gqa and leads[0][-1:] != leads[1][-1:]
-    cut = -1 if grouped else None
-    if grouped and (
-        min(map(len, leads)) == 0
-        or leads[1][-1] != leads[2][-1]
-        or leads[0][-1] % leads[1][-1]
-    ):
-        return torch_has_it()
-    try:
-        lead = torch.broadcast_shapes(*(x[:cut] for x in leads))
-        full = (*lead, *leads[0][cut:]) if grouped else tuple(lead)
-        if attn_mask is not None:
-            size = (*full, query.shape[-2], key.shape[-2])
-            if torch.broadcast_shapes(attn_mask.shape, size) != torch.Size(size):
-                return torch_has_it()
-    except RuntimeError:
-        return torch_has_it()
     query, key, value = (
-        x if x.shape[:-2][:cut] == lead else x.expand(*lead, *x.shape[len(x.shape[:-2][:cut]) :])
-        for x in given
+        x if x.shape[:-2] == lead else x.expand(*lead, *x.shape[-2:])
+        for x, lead in zip((query, key, value), leads, strict=True)
     )
-    single = not full
+    single = query.ndim == 2
     if single:
         query, key, value = (x.unsqueeze(0) for x in (query, key, value))
     scale = 1 / math.sqrt(query.shape[-1]) if scale is None else float(scale)

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from deaddir_fast.nets.attention import (
+    OPERATION,
     Block,
     Masks,
     Plan,
@@ -84,7 +85,9 @@ class _Keys:
             both = call.q[1] is not None
             self.delta = torch.cat([self.at, dk], -1) if both else dk
             self.dot = torch.cat([self.at, tk], -1) if both else tk
-        self.values, self.shift, self.slope = self.v0, None, None
+        self.values = self.v0
+        self.shift: Any = None
+        self.slope: Any = None
         if call.v[1] is not None:
             self.shift, self.slope = block.take(call.v[1], 1), block.take(call.v[2], 1)
             self.values = self.v0.unsqueeze(1) + self.shift
@@ -127,6 +130,12 @@ class _Tile:
         """A mask (P, N, H, G, L, S) for this tile, (b, p, G, rows, S)."""
         return self.block.take(mask[at][..., self.rows, : self.seen], 1)
 
+    def _shared_mask(self) -> Tensor:
+        """The mask at theta0, (b, 1, G, rows, S)."""
+        mask = self.call.masks.mask
+        assert mask is not None
+        return self.block.take(mask[..., self.rows, : self.seen]).unsqueeze(1)
+
     def _scores(self, left: Tensor, right: Tensor, mask: Any, at: slice) -> Tensor:
         """Difference or derivative of the scores, (b, p, R, S)."""
         if self.call.products_move:
@@ -146,7 +155,7 @@ class _Tile:
         if call.seen is not None:
             add_mask(shown, self._mask(call.seen, at))
         elif call.masks.mask is not None:
-            mask = self.block.take(call.masks.mask[..., self.rows, : self.seen]).unsqueeze(1)
+            mask = self._shared_mask()
             add_mask(shown, mask if call.mask[0] is None else mask + self._mask(call.mask[0], at))
         return call.masks.weights(scores)
 
@@ -156,14 +165,14 @@ class _Tile:
         far = (~(d <= _FAR) & seen).any(-1, keepdim=True)
         if self.call.seen is not None:
             now = self._mask(self.call.seen, at)
-            before = self.block.take(self.call.masks.mask[..., self.rows, : self.seen])
-            far |= (now != before.unsqueeze(1)).flatten(2, 3).any(-1, keepdim=True)
+            before = self._shared_mask()
+            far |= (now != before).flatten(2, 3).any(-1, keepdim=True)
         return far
 
     def move(self, at: slice) -> tuple[Tensor, Tensor]:
         """Difference and derivative at the points ``at``, each (b, p, R, V)."""
         call, keys, y = self.call, self.keys, self.y.unsqueeze(1)
-        shift = None if self.shift is None else self.shift[:, at]
+        shift: Any = None if self.shift is None else self.shift[:, at]
         if not call.scores_move:
             return shift, _from_shared(self.y, keys.slope[:, at, : self.seen])
         values = self._keys(keys.values, at)
@@ -206,7 +215,7 @@ def _attention(
         mask = to_dual(mask, dtype)
     shape = Shape.of(*base_of[:3])
     points = ctx.points.count
-    added = parts(mask)[1:] if isinstance(mask, Dual) else (None, None)
+    added = [spread(shape, x, 1) for x in parts(mask)[1:]] if isinstance(mask, Dual) else [None] * 2
     call = _Call(
         shape,
         Masks.of(shape, base_of[3], causal),
@@ -214,7 +223,7 @@ def _attention(
         _split(shape.split_queries, q),
         _split(shape.split_keys, k),
         _split(shape.split_keys, v),
-        tuple(None if x is None else spread(shape, x, 1) for x in added),
+        (added[0], added[1]),
         spread(shape, mask.point, 1) if isinstance(mask, Discrete) else None,
     )
     base, base_split = shape.empty(base_of[0])
@@ -246,4 +255,4 @@ def _write(out: Tensor, block: Block, rows: slice, at: slice, found: Tensor) -> 
     target.copy_(found.reshape(target.shape))
 
 
-RULES[torch.ops.deaddir.attention] = _attention
+RULES[OPERATION.overloadpacket] = _attention

@@ -21,6 +21,7 @@ from torch.utils import _pytree as pytree
 from deaddir_fast import _check
 from deaddir_fast.nets import dual, graph
 from deaddir_fast.nets import likelihood as likelihoods
+from deaddir_fast.nets.attention import whole_attention
 from deaddir_fast.nets.weights import Directions, Points, RankOne, check_directions, weight_bytes
 
 KINDS = ("exact", "mc", "empirical")
@@ -292,7 +293,7 @@ class _Rays:
         return self.captures[size]
 
     def _direct(self, parameters: dict[str, Tensor], samples: Any) -> Tensor:
-        with graph.readable_attention():
+        with graph.readable_attention(), whole_attention():  # no (T, T) matrix here either
             return graph.call_model(self.model, parameters, samples)
 
     @staticmethod
