@@ -180,6 +180,20 @@ def readable_attention() -> Iterator[None]:
         yield
 
 
+@contextmanager
+def _recorded() -> Iterator[None]:
+    """``torch.compiler.is_compiling()`` is true: models that ask read no values of tensors.
+
+    Hugging Face models otherwise look into their masks for a faster kernel.
+    """
+    before = torch.compiler._is_compiling_flag
+    torch.compiler._is_compiling_flag = True
+    try:
+        yield
+    finally:
+        torch.compiler._is_compiling_flag = before
+
+
 def check_deterministic(model: nn.Module) -> None:
     """Refuse a model whose output is random or depends on the batch it is in.
 
@@ -274,7 +288,7 @@ def capture(
 
     example = (list(chosen.values()), [leaves[i].detach() for i in slots])
     try:
-        with torch.no_grad(), readable_attention():
+        with torch.no_grad(), readable_attention(), _recorded():
             module = make_fx(functionalize(forward), decomposition_table=_decompositions())(
                 *example
             )

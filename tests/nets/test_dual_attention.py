@@ -107,11 +107,12 @@ def _dense(q: Tensor, k: Tensor, v: Tensor, mask: Any, causal: bool, scale: floa
     return (e / torch.where(total == 0, 1.0, total)) @ v
 
 
-def _close(got: Tensor, want: Tensor, relative: float) -> None:
+def _close(got: Tensor, want: Tensor, relative: float, least: float = 1e-300) -> None:
+    """Within ``relative`` of the largest value, or of ``least``."""
     assert got.shape == want.shape
     assert bool(torch.isfinite(got).all())
-    scale = float(want.abs().max())
-    assert float((got - want).abs().max()) <= relative * max(scale, 1e-300)
+    error, scale = float((got - want).abs().max()), float(want.abs().max())
+    assert error <= relative * max(scale, least)
 
 
 SHAPES = (  # n, query heads, key heads, queries, keys, E, V
@@ -168,7 +169,8 @@ def test_values_and_derivatives_match_dense_attention_and_forward_mode(
                         # torch's derivative is nan where a query sees nothing
                         slope = slope.nan_to_num()
                     _close(out.base + out.delta[j], y, 1e-10)
-                    _close(out.dot[j], slope, 1e-10)
+                    # saturated weights: scores of hundreds are known to 1e-13 at best
+                    _close(out.dot[j], slope, 1e-10, least=1e-2 if r == 40.0 else 0)
                     _close(out.base, at(torch.zeros_like(t), f), 1e-12)
 
 
