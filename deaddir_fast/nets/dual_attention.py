@@ -230,16 +230,30 @@ def _attention(
     delta, delta_split = shape.empty(base, points)
     dot, dot_split = shape.empty(base, points)
     plan = Plan.of(shape, points, base.device.type)
+    out = (base_split.unsqueeze(0), delta_split, dot_split)
     for block in blocks(shape, plan):
-        keys = _Keys(call, block)
-        for rows, seen in row_tiles(shape, plan, causal):
-            tile = _Tile(call, keys, block, rows, seen)
-            _write(base_split.unsqueeze(0), block, rows, slice(0, 1), tile.base.unsqueeze(1))
-            for start in range(0, points, plan.points):
-                at = slice(start, min(start + plan.points, points))
-                for out, found in zip((delta_split, dot_split), tile.move(at), strict=True):
-                    _write(out, block, rows, at, found)
+        _fill_block(call, plan, points, block, out)
     return Dual(base, delta, dot)
+
+
+# Functions, so that what one block or tile holds is gone before the next one.
+
+
+def _fill_block(
+    call: _Call, plan: Plan, points: int, block: Block, out: tuple[Tensor, Tensor, Tensor]
+) -> None:
+    keys = _Keys(call, block)
+    for rows, seen in row_tiles(call.shape, plan, call.masks.causal):
+        _fill_tile(_Tile(call, keys, block, rows, seen), plan, points, out)
+
+
+def _fill_tile(tile: _Tile, plan: Plan, points: int, out: tuple[Tensor, Tensor, Tensor]) -> None:
+    base, delta, dot = out
+    _write(base, tile, slice(0, 1), tile.base.unsqueeze(1))
+    for start in range(0, points, plan.points):
+        at = slice(start, min(start + plan.points, points))
+        for part, found in zip((delta, dot), tile.move(at), strict=True):
+            _write(part, tile, at, found)
 
 
 def _split(split: Any, x: Any) -> tuple[Any, Any, Any]:
@@ -249,9 +263,9 @@ def _split(split: Any, x: Any) -> tuple[Any, Any, Any]:
     return split(base), *(split(fill(t, base.shape)) for t in (delta, dot))
 
 
-def _write(out: Tensor, block: Block, rows: slice, at: slice, found: Tensor) -> None:
+def _write(out: Tensor, tile: _Tile, at: slice, found: Tensor) -> None:
     """(b, p, G rows, V) into (P, N, H, G, L, V)."""
-    target = out[at, block.n, block.h, :, rows].permute(1, 2, 0, 3, 4, 5)
+    target = out[at, tile.block.n, tile.block.h, :, tile.rows].permute(1, 2, 0, 3, 4, 5)
     target.copy_(found.reshape(target.shape))
 
 

@@ -669,7 +669,9 @@ def test_what_it_cannot_hold_is_left_to_torch() -> None:
     mapped = _Mapped()
     assert not any("deaddir" in op for op in _kept(mapped, x[0]))
     mask = torch.ones(4, 4) > 0
-    for kwargs in ({"attn_mask": mask, "is_causal": True}, {"attn_mask": mask[:3]}):
+    with pytest.raises(RuntimeError, match="attn_mask should not be set when is_causal"):
+        graph.capture(_Call(attn_mask=mask, is_causal=True), x, keep_attention=True)
+    for kwargs in ({"attn_mask": mask[:3]}, {"attn_mask": mask.long()}):
         with pytest.raises((RuntimeError, ValueError)) as want:
             F.scaled_dot_product_attention(*x, **kwargs)
         with pytest.raises((RuntimeError, ValueError)) as got:
