@@ -168,6 +168,15 @@ class Masks:
             add_mask(shown, block.take(self.mask[..., rows, : scores.shape[-1]]))
         return scores
 
+    def reach(self, block: Block, rows: slice, seen: int) -> int:
+        """Of the first ``seen`` keys, those up to the last that a query of a tile sees."""
+        if self.mask is None:
+            return seen
+        mask = self.mask[block.n, block.h, :, rows, :seen]
+        shown = mask if mask.dtype == torch.bool else mask != -math.inf
+        used = shown.any((0, 1, 2, 3)).nonzero()
+        return int(used[-1]) + 1 if len(used) else 1
+
     def hide_later(self, scores: Tensor, rows: slice) -> None:
         """Causality for scores (..., rows, S), in place."""
         if self.causal:
@@ -225,7 +234,8 @@ def attend(
     q, k, v = shape.split_queries(query), shape.split_keys(key), shape.split_keys(value)
     for block in blocks(shape, plan):
         kb, vb = block.take(k), block.take(v)
-        for rows, seen in row_tiles(shape, plan, causal):
+        for rows, visible in row_tiles(shape, plan, causal):
+            seen = masks.reach(block, rows, visible)
             qb = block.take(q[..., rows, :]).flatten(1, 2) * scale
             scores = torch.bmm(qb, kb[:, :seen].mT)
             y = masks.weights(masks.apply(scores, block, rows))

@@ -243,7 +243,8 @@ def _fill_block(
     call: _Call, plan: Plan, points: int, block: Block, out: tuple[Tensor, Tensor, Tensor]
 ) -> None:
     keys = _Keys(call, block)
-    for rows, seen in row_tiles(call.shape, plan, call.masks.causal):
+    for rows, visible in row_tiles(call.shape, plan, call.masks.causal):
+        seen = call.masks.reach(block, rows, visible) if call.seen is None else visible
         _fill_tile(_Tile(call, keys, block, rows, seen), plan, points, out)
 
 

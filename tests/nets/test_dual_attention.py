@@ -17,6 +17,7 @@ from torch.nn import functional as F
 from torch.nn.functional import scaled_dot_product_attention as imported_by_name
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import FlopCounterMode
 
 from deaddir_fast import ray_curvature
 from deaddir_fast.nets import attention, dual, dual_rules, graph, rays
@@ -389,6 +390,22 @@ class _Peak(TorchDispatchMode):
         entry[1] -= 1
         if entry[1] == 0:
             self.now -= self.live.pop(key)[0]
+
+
+def test_keys_no_query_of_a_tile_sees_cost_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A causal mask given as a mask costs what ``causal`` costs."""
+    g = torch.Generator().manual_seed(0)
+    q, k, v, u = (torch.randn(1, 2, 64, 4, generator=g, dtype=F64) for _ in range(4))
+    operands = [_ray(x, u, [0.1]) for x in (q, k, v)]
+    mask = torch.ones(64, 64, dtype=torch.bool).tril()
+    with _tiles(monkeypatch, 8 * 64):
+        counts, found = [], []
+        for given, causal in ((None, True), (mask, False), (None, False)):
+            with FlopCounterMode(display=False) as flops:
+                found.append(_apply([0.1], *operands, given, causal, 0.5))
+            counts.append(flops.get_total_flops())
+    assert counts[0] == counts[1] < 0.6 * counts[2]
+    _close(found[0].delta, found[1].delta, 1e-13)
 
 
 @pytest.mark.parametrize("causal", [False, True])
