@@ -245,7 +245,12 @@ def attend(
     return out
 
 
-@torch.library.custom_op("deaddir::attention", mutates_args=())
+@torch.library.custom_op(
+    "deaddir::attention",
+    mutates_args=(),
+    schema="(Tensor query, Tensor key, Tensor value, Tensor? mask, bool causal, float scale)"
+    " -> Tensor",
+)
 def attention(
     query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, causal: bool, scale: float
 ) -> Tensor:

@@ -143,36 +143,39 @@ def test_values_and_derivatives_match_dense_attention_and_forward_mode(
     for moves in ((1, 1, 1), (1, 0, 0), (0, 1, 0), (0, 0, 1), (1, 1, 0), (0, 1, 1), (1, 0, 1)):
         us = [u if m else None for u, m in zip(along, moves, strict=True)]
         operands = [_ray(b, u, radii) for b, u in zip(base, us, strict=True)]
-        for size in (attention._TILE["cpu"], 60, 1):
+        outs = []
+        for size in (attention._TILE["cpu"], 60, 1)[: 3 if all(moves) else 2]:
             with _tiles(monkeypatch, size):
-                out = _apply(radii, *operands, mask, causal, scale)
-            for j, r in enumerate(radii):
+                outs.append(_apply(radii, *operands, mask, causal, scale))
 
-                def at(t: Tensor, f: Callable[..., Tensor], us: list[Any] = us) -> Tensor:
-                    xs = [b if u is None else b + t * u for b, u in zip(base, us, strict=True)]
-                    return f(*xs)
+        def dense(*xs: Tensor) -> Tensor:
+            return _dense(*xs, mask, causal, scale)
 
-                def dense(*xs: Tensor) -> Tensor:
-                    return _dense(*xs, mask, causal, scale)
+        def math_path(*xs: Tensor) -> Tensor:
+            with graph.readable_attention():
+                return F.scaled_dot_product_attention(
+                    *xs, mask, 0.0, causal, scale=scale, enable_gqa=True
+                )
 
-                def math_path(*xs: Tensor) -> Tensor:
-                    with graph.readable_attention():
-                        return F.scaled_dot_product_attention(
-                            *xs, mask, 0.0, causal, scale=scale, enable_gqa=True
-                        )
+        for j, r in enumerate(radii):
+            for f in (dense, math_path):
+
+                def at(t: Tensor, f: Callable[..., Tensor] = f, us: list[Any] = us) -> Tensor:
+                    return f(
+                        *(b if u is None else b + t * u for b, u in zip(base, us, strict=True))
+                    )
 
                 t = torch.tensor(r, dtype=F64)
-                for f in (dense, math_path):
-                    y, slope = torch.func.jvp(
-                        lambda t, f=f, at=at: at(t, f), (t,), (torch.ones_like(t),)
-                    )
-                    if f is math_path and kind in ("hidden keys", "infinite"):
-                        # torch's derivative is nan where a query sees nothing
-                        slope = slope.nan_to_num()
+                y, slope = torch.func.jvp(at, (t,), (torch.ones_like(t),))
+                if f is math_path and kind in ("hidden keys", "infinite"):
+                    # torch's derivative is nan where a query sees nothing
+                    slope = slope.nan_to_num()
+                for out in outs:
                     _close(out.base + out.delta[j], y, 1e-10)
                     # saturated weights: scores of hundreds are known to 1e-13 at best
                     _close(out.dot[j], slope, 1e-10, least=1e-2 if r == 40.0 else 0)
-                    _close(out.base, at(torch.zeros_like(t), f), 1e-12)
+                    if r == 0:
+                        _close(out.base, y, 1e-12)
 
 
 @pytest.mark.parametrize("kind", MASKS)
@@ -425,9 +428,9 @@ def test_memory_is_linear_in_the_sequence(causal: bool) -> None:
     assert peaks[1].most < 4.5 * peaks[0].most
 
 
-def _gpt(width: int = 16, heads: int = 4, key_heads: int = 4) -> Any:
+def _gpt(key_heads: int = 4, depth: int = 1) -> Any:
     torch.manual_seed(0)
-    return _Decoder(width, heads, key_heads).double().eval()
+    return _Decoder(16, 4, key_heads, depth).double().eval()
 
 
 def test_the_estimate_is_linear_in_the_sequence() -> None:
@@ -491,10 +494,10 @@ class _Block(nn.Module):
 
 
 class _Decoder(nn.Module):
-    def __init__(self, width: int, heads: int, key_heads: int) -> None:
+    def __init__(self, width: int, heads: int, key_heads: int, depth: int) -> None:
         super().__init__()
         self.embed = nn.Embedding(11, width)
-        self.blocks = nn.Sequential(*(_Block(width, heads, key_heads) for _ in range(2)))
+        self.blocks = nn.Sequential(*(_Block(width, heads, key_heads) for _ in range(depth)))
         self.head = nn.Linear(width, 11)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -508,7 +511,7 @@ class _Padded(nn.Module):
         super().__init__()
         self.embed = nn.Embedding(7, 8)
         layer = nn.TransformerEncoderLayer(8, 2, 12, batch_first=True, activation="gelu")
-        self.encoder = nn.TransformerEncoder(layer, 2, enable_nested_tensor=False)
+        self.encoder = nn.TransformerEncoder(layer, 1, enable_nested_tensor=False)
         self.pool = nn.MultiheadAttention(8, 4, batch_first=True)
         self.query = nn.Parameter(torch.randn(1, 1, 8))
         self.head = nn.Linear(8, 3)
@@ -556,7 +559,7 @@ def _models(name: str) -> tuple[nn.Module, Tensor]:
     if name == "decoder":
         return _gpt(), torch.randint(0, 11, (5, 6))
     if name == "grouped decoder":
-        return _gpt(16, 4, 2), torch.randint(0, 11, (5, 6))
+        return _gpt(key_heads=2, depth=2), torch.randint(0, 11, (5, 6))
     if name == "padded encoder":
         x = torch.randint(1, 7, (5, 6))
         x[1, 4:], x[3, 1:] = 0, 0
@@ -590,7 +593,7 @@ def test_rays_match_the_decomposed_path(name: str, monkeypatch: pytest.MonkeyPat
     assert "deaddir.attention.default" in ops
     assert not any("softmax" in op for op in ops)
     assert not any("deaddir" in op for op in _kept(model, x, keep=False))
-    radii = [0.0, 1e-7, 1e-3, -0.3]
+    radii = [0.0, 1e-7, -0.3]
     whole = ray_curvature(model, x, _directions(model), radii)
     with monkeypatch.context() as patch:
         for module in (graph, rays):
