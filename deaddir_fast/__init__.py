@@ -4,6 +4,7 @@ from deaddir_fast import gauge, ops, theory
 from deaddir_fast._backend import backend
 from deaddir_fast.fisher.factors import KronFactors, LayerFactors
 from deaddir_fast.fisher.kron import kron_factors
+from deaddir_fast.fisher.probe import LayerCurvature, layer_curvature
 from deaddir_fast.nets.likelihood import (
     Bernoulli,
     Categorical,
@@ -44,6 +45,7 @@ __all__ = [
     "FreezeProbe",
     "Gaussian",
     "KronFactors",
+    "LayerCurvature",
     "LayerFactors",
     "Likelihood",
     "Poisson",
@@ -63,6 +65,7 @@ __all__ = [
     "freeze_probe",
     "gauge",
     "kron_factors",
+    "layer_curvature",
     "leading_scores",
     "ops",
     "prior_exponents",
