@@ -2,6 +2,7 @@
 
 from deaddir_fast import gauge, ops, theory
 from deaddir_fast._backend import backend
+from deaddir_fast.fisher.point import PointCurvature, point_curvature
 from deaddir_fast.nets.likelihood import (
     Bernoulli,
     Categorical,
@@ -40,6 +41,7 @@ __all__ = [
     "FreezeProbe",
     "Gaussian",
     "Likelihood",
+    "PointCurvature",
     "Poisson",
     "PriorExponents",
     "RankOne",
@@ -57,6 +59,7 @@ __all__ = [
     "gauge",
     "leading_scores",
     "ops",
+    "point_curvature",
     "prior_exponents",
     "ray_curvature",
     "ray_orders",

@@ -15,7 +15,7 @@ from torch import Tensor, fx
 from torch.utils import _pytree as pytree
 
 from deaddir_fast.nets import dual_rules
-from deaddir_fast.nets.dual_values import Context, Discrete, Dual, to_dual
+from deaddir_fast.nets.dual_values import Context, Discrete, Dual, still, to_dual
 from deaddir_fast.nets.graph import Capture
 from deaddir_fast.nets.weights import Directions, Points, RankOne, Weight, runs
 
@@ -34,9 +34,9 @@ def parameter_values(
             assert not isinstance(u, RankOne)
             wide = u.repeat_interleave(points.r, 0)
             ones = (1,) * base.ndim
-            values[name] = Dual(
-                base, wide * points.value.view(-1, *ones), wide * points.tangent.view(-1, *ones)
-            )
+            dot = wide * points.tangent.view(-1, *ones)
+            moved = Dual(base, wide * points.value.view(-1, *ones), dot)
+            values[name] = still(base, dot) if points.still else moved
     return values
 
 
@@ -82,7 +82,7 @@ def run(
     if isinstance(output, Tensor):
         ctx.notes.add("the output does not depend on the parameters these directions move")
         zero = output.new_zeros(()).expand(points.count, *output.shape)
-        output = Dual(output, zero, zero)
+        output = still(output, zero) if points.still else Dual(output, zero, zero)
     return output, ctx.notes
 
 

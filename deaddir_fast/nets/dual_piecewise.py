@@ -110,9 +110,10 @@ def _maximum(ctx: Context, op: Any, a: Any, b: Any) -> Any:
 
 def _take(x: Dual, index: Tensor, dim: int, base: Tensor, index0: Tensor) -> Dual:
     """Values at a selected index per point, (P, *S) along ``dim`` of S."""
-    wide = x.base.expand(x.delta.shape)
+    index = index.expand(len(x.dot), *index.shape[1:])
+    wide = x.base.expand(x.dot.shape)
     jump = wide.gather(dim + 1, index) - x.base.gather(dim, index0)
-    delta = x.delta.gather(dim + 1, index) + jump
+    delta = x.delta.expand_as(x.dot).gather(dim + 1, index) + jump
     return Dual(base, delta, x.dot.gather(dim + 1, index))
 
 
@@ -186,4 +187,4 @@ def _steps(ctx: Context, op: Any, x: Any, *args: Any, **kwargs: Any) -> Any:
         return NotImplemented
     base = op(x.base, *args, **kwargs)
     delta = op(x.at_points(), *args, **kwargs) - base
-    return Dual(base, delta, torch.zeros_like(delta))
+    return Dual(base, delta, torch.zeros_like(x.dot))

@@ -21,7 +21,9 @@ from torch.utils import _pytree as pytree
 from deaddir_fast import _check
 from deaddir_fast.nets import dual, graph
 from deaddir_fast.nets import likelihood as likelihoods
+from deaddir_fast.nets.dual_values import Still
 from deaddir_fast.nets.weights import Directions, Points, RankOne, check_directions, weight_bytes
+from deaddir_fast.ops import softmax_fisher
 
 KINDS = ("exact", "mc", "empirical")
 
@@ -353,7 +355,7 @@ def ray_curvature(
     The exact Fisher takes no labels, draws no samples and stores no activations: all points of a
     chunk go through one dual forward (:mod:`deaddir_fast.nets.dual`) and the likelihood closes the
     expectation. Differences of outputs are propagated, not subtracted, so that in fp64 a KL of
-    1e-30 is still relatively accurate.
+    1e-30 is still relatively accurate. Where every radius is 0 only derivatives are propagated.
 
     Args:
         model: a module in eval mode with fp64 (exact) or fp32 (labelled) parameters. Half
@@ -383,6 +385,29 @@ def ray_curvature(
         TypeError, ValueError: naming the argument that is wrong.
         NotImplementedError: naming an operation that torch cannot differentiate forward.
     """
+    return read_rays(
+        model, inputs, directions, radii, likelihood, fisher, targets, draws, seed, memory_budget
+    )[0]
+
+
+def read_rays(
+    model: nn.Module,
+    inputs: Any,
+    directions: Mapping[str, Tensor | RankOne],
+    radii: Any,
+    likelihood: str | likelihoods.Likelihood,
+    fisher: str,
+    targets: Tensor | None,
+    draws: int,
+    seed: int,
+    memory_budget: int | None,
+    *,
+    keep: bool = False,
+) -> tuple[RayCurvature, Tensor | None]:
+    """What :func:`ray_curvature` returns and, if asked to ``keep`` it, the curvature per sample.
+
+    The latter is (p, r, n), fp64 on the CPU.
+    """
     parameters, dtype = _check_model(model, inputs)
     n = graph.batch_size(inputs)
     if n == 0:
@@ -404,7 +429,7 @@ def ray_curvature(
     rays = rays if bool((order == torch.arange(rays.count)).all()) else rays.take(order)
     with _full_precision(device):
         return _read(
-            model, inputs, rays, order, grid, lik, fisher, targets, draws, seed, budget, dtype
+            model, inputs, rays, order, grid, lik, fisher, targets, draws, seed, budget, dtype, keep
         )
 
 
@@ -421,7 +446,8 @@ def _read(
     seed: int,
     budget: int,
     dtype: torch.dtype,
-) -> RayCurvature:
+    keep: bool,
+) -> tuple[RayCurvature, Tensor | None]:
     n, p, r = graph.batch_size(inputs), rays.count, len(radii)
     work = _Rays(model, inputs, rays, lik)
     few = min(n, 2)
@@ -446,6 +472,7 @@ def _read(
 
     like = next(iter(probe.parameters.values()), z)
     moments = torch.zeros(4, p, r, dtype=torch.float64)
+    each = torch.empty(p, r, n, dtype=torch.float64) if keep else None
     parts = _even(n, samples)
     cuts = [(d, q) for d in _even(p, some) for q in _even(r, radii_at_once)]
     most = max(stop - start for start, stop in parts)
@@ -466,7 +493,10 @@ def _read(
             if targets is not None:
                 labels = [targets[start:stop]]
             f, k = _readings(lik, kind, out, labels)
-            curvature.add(f.cpu())
+            f = f.cpu()
+            if each is not None:
+                each[a:b, u:v, start:stop] = f.view(b - a, v - u, -1)
+            curvature.add(f)
             divergence.add(k.cpu())
         found = (curvature.mean, curvature.stderr(), divergence.mean, divergence.stderr())
         moments[:, a:b, u:v] = torch.stack(found).view(4, b - a, v - u)
@@ -480,7 +510,7 @@ def _read(
         work.notes.add("one sample: no standard error")
     estimate = int(most * (wide * deep * per_point + shared) + fixed)
     chunking = Chunking(most, wide, deep, len(cuts) * len(parts), estimate, budget)
-    return RayCurvature(
+    found = RayCurvature(
         radii,
         f,
         k,
@@ -493,6 +523,7 @@ def _read(
         chunking,
         tuple(sorted(work.notes)),
     )
+    return found, None if each is None else each[back]
 
 
 def _sample_output(capture: graph.Capture) -> Tensor:
@@ -515,15 +546,22 @@ def _readings(
     lik: likelihoods.Likelihood, kind: str, out: dual.Dual, labels: list[Tensor]
 ) -> tuple[Tensor, Tensor]:
     """Per-sample curvature and divergence, (P, n) each, in fp64."""
-    z0, delta, dot = out.base.double(), out.delta.double(), out.dot.double()
+    def per_sample(x: Tensor) -> Tensor:
+        return x.flatten(2).sum(2) if x.ndim > 2 else x
+
+    z0 = out.base.double()
+    still = isinstance(out, Still)
+    if still and kind == "exact" and isinstance(lik, likelihoods.Categorical):
+        classes = z0.shape[-1]
+        f = softmax_fisher(z0.reshape(-1, classes), out.dot.reshape(len(out.dot), -1, classes))
+        f = per_sample(f.view(out.dot.shape[:-1]))
+        return f, torch.zeros_like(f)
+    delta, dot = out.delta.double(), out.dot.double()
     if z0.ndim == 1:
         z0, delta, dot = z0.unsqueeze(-1), delta.unsqueeze(-1), dot.unsqueeze(-1)
         labels = [y.unsqueeze(-1) if y.ndim == 1 else y for y in labels]
 
-    def per_sample(x: Tensor) -> Tensor:
-        return x.flatten(2).sum(2) if x.ndim > 2 else x
-
-    k = per_sample(lik.kl(z0, delta))
+    k = dot.new_zeros(dot.shape[:2]) if still else per_sample(lik.kl(z0, delta))
     z = z0 + delta
     if kind == "exact":
         return per_sample(lik.fisher(z, dot)), k

@@ -198,6 +198,7 @@ class Points:
         value: (P,) what multiplies U in the perturbation, radius / |direction|.
         tangent: (P,) what multiplies U in the derivative, 1 / |direction|.
         at_base: whether some radius is 0.
+        still: whether every radius is 0: only derivatives are propagated then.
     """
 
     p: int
@@ -205,6 +206,7 @@ class Points:
     value: Tensor
     tangent: Tensor
     at_base: bool
+    still: bool
 
     @property
     def r(self) -> int:
@@ -222,7 +224,8 @@ class Points:
         value = (radii / norms.unsqueeze(1)).flatten().to(like.device, like.dtype)
         tangent = (1 / norms).repeat_interleave(len(radii)).to(like.device, like.dtype)
         radii = radii.to(like.device, like.dtype)
-        return cls(len(norms), radii, value, tangent, bool((radii == 0).any()))
+        at_base, still = bool((radii == 0).any()), not bool(value.any())
+        return cls(len(norms), radii, value, tangent, at_base, still)
 
     def part(self, start: int, stop: int) -> slice:
         """The points of directions ``start:stop``."""
@@ -278,6 +281,11 @@ def runs(u: Tensor | RankOne, kinds: Tensor) -> list[Run]:
     return found
 
 
+def no_difference(base: Tensor) -> Tensor:
+    """The difference of a value at theta0: zeros (1, *S), one for all points, without memory."""
+    return base.new_zeros(()).expand(1, *base.shape)
+
+
 def _along(x: Tensor, w: Tensor) -> Tensor:
     """(d r, m, i), (d, i) -> (d r, m, 1): rows times the vector of their direction."""
     d, (points, m, i) = len(w), x.shape
@@ -326,6 +334,9 @@ class Weight:
         for run in self.runs:
             u = run.dense().unsqueeze(1).expand(-1, points.r, -1, -1)
             delta[points.part(run.start, run.stop)] = u.flatten(0, 1)
+        if points.still:
+            dot = delta.mul_(points.tangent.view(-1, 1, 1))
+            return no_difference(self.base), self._shaped(dot)
         dot = delta * points.tangent.view(-1, 1, 1)
         delta = delta.mul_(points.value.view(-1, 1, 1))
         return self._shaped(delta), self._shaped(dot)
@@ -351,6 +362,9 @@ class Weight:
                 rows[run.start : run.stop] = run.v[:, index].unsqueeze(-1) * w
         wide = rows.unsqueeze(1).expand(-1, points.r, *tail).flatten(0, 1)
         ones = (1,) * len(tail)
+        if points.still:
+            dot = wide.mul_(points.tangent.view(-1, *ones))
+            return no_difference(dot[0]), dot
         return wide * points.value.view(-1, *ones), wide * points.tangent.view(-1, *ones)
 
     def product(
@@ -369,6 +383,9 @@ class Weight:
         """
         matrix = self.base[(0,) * len(self.lead)] if self.lead else self.base
         points, m, o = self.points, x.shape[0], matrix.shape[1]
+        if points.still:
+            y = self._tangent(matrix, x, dot, None if bias is None else bias[1])
+            return no_difference(y[0]), y
         low = [run for run in self.runs if run.u is None]
         full = [run for run in self.runs if run.u is not None]
         out = [x.new_empty(points.count, m, o) for _ in range(2)]
@@ -383,6 +400,39 @@ class Weight:
             out[0].add_(bias[0].unsqueeze(1))
             out[1].add_(bias[1].unsqueeze(1))
         return out[0], out[1]
+
+    def _tangent(
+        self, matrix: Tensor, x: Tensor, dot: Tensor | None, bias: Tensor | None
+    ) -> Tensor:
+        """``dot @ W + x @ U + b`` for all points of radius 0: one product with W, one with each U."""
+        points, m, o = self.points, x.shape[0], matrix.shape[1]
+        out = x.new_empty(points.count, m, o)
+        if dot is not None:
+            torch.mm(dot.flatten(0, 1), matrix, out=out.flatten(0, 1))
+        elif bias is not None:
+            out.copy_(bias.unsqueeze(1).expand_as(out))
+            bias = None
+        else:
+            out.zero_()
+        for run in self.runs:
+            at = points.part(run.start, run.stop)
+            tangent = points.tangent[at]
+            if run.u is None:
+                assert run.v is not None and run.w is not None
+                inner, outer = (run.w, run.v) if self.flip else (run.v, run.w)
+                left = (inner @ x.t()).repeat_interleave(points.r, 0).unsqueeze(2)
+                right = (outer.repeat_interleave(points.r, 0) * tangent.unsqueeze(1)).unsqueeze(1)
+                if bias is not None and len(outer) == points.p:
+                    # Both in one pass over the result.
+                    left = torch.cat([left, torch.ones_like(left)], 2)
+                    right = torch.cat([right, bias.unsqueeze(1)], 1)
+                    bias = None
+                out[at].baddbmm_(left, right)
+                continue
+            for k, scale in zip(range(at.start, at.stop), tangent.tolist(), strict=True):
+                u = run.u[k // points.r - run.start]
+                out[k].addmm_(x, u.t() if self.flip else u, alpha=scale)
+        return out if bias is None else out.add_(bias.unsqueeze(1))
 
     def _unperturbed(
         self,
