@@ -308,8 +308,8 @@ def _convolution(ctx: Context, op: Any, x: Any, w: Any, bias: Any, *args: Any) -
     w0 = w.base if moving(w) else w
     if ctx.points.still:
         dot = base.new_zeros(ctx.points.count, *base.shape) if tx is None else conv.points(tx, w0)
-        dx, out = None, [no_difference(base), dot]
-    if dx is not None:
+        out = [no_difference(base), dot]
+    elif dx is not None:
         out = [conv.points(dx, w0), conv.points(tx, w0)]
     else:
         out = [base.new_zeros(ctx.points.count, *base.shape) for _ in range(2)]
