@@ -18,12 +18,24 @@ from deaddir_fast.nets.dual_registry import (
     parts,
     rule,
 )
-from deaddir_fast.nets.dual_values import Context, Discrete, Dual, discrete, fill, lift, to_dual
+from deaddir_fast.nets.dual_values import (
+    Context,
+    Discrete,
+    Dual,
+    Still,
+    discrete,
+    fill,
+    lift,
+    still,
+    to_dual,
+)
 
 
 @rule("relu")
 def _relu(ctx: Context, op: Any, x: Any) -> Any:
     note_kink(ctx, "relu", x.base, x.dot)
+    if isinstance(x, Still):
+        return still(op(x.base), aten.threshold_backward(x.dot, x.base.unsqueeze(0), 0))
     # relu(a + d) - relu(a) = max(d, -a) + min(a, 0), and relu(a + d) = max(d, -a) + a exactly at 0
     delta = torch.maximum(x.delta, -x.base)
     dot = aten.threshold_backward(x.dot, delta + x.base, 0)

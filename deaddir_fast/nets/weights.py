@@ -51,6 +51,22 @@ def rank_one_factors(u: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     The row and the column through the largest entry determine a rank-one matrix; it counts as
     exact where every entry agrees to a few roundings of the largest entry. Zero is rank one.
     """
+    v, w, worst, pivot = _cross(u)
+    return v, w, worst <= 8 * torch.finfo(u.dtype).eps * pivot
+
+
+def _clearly_not_rank_one(u: Tensor, norms: Tensor) -> Tensor:
+    """Where a few rows of matrices (p, o, i) of these norms (p,) already show it; (p,).
+
+    A cross through the largest of a few entries misses a rank-one matrix by a few times the
+    rounding of the largest entry of all, which the norm bounds.
+    """
+    _, _, worst, _ = _cross(u[:, :: -(-u.shape[1] // 8)])
+    return worst > 64 * torch.finfo(u.dtype).eps * norms.to(worst.device)
+
+
+def _cross(u: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """v (p, o), w (p, i), the largest error of v w^T and the largest entry, (p,) each."""
     p, _, i = u.shape
     flat = u.reshape(p, -1)
     at = flat.abs().argmax(1)
@@ -62,7 +78,7 @@ def rank_one_factors(u: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     worst = torch.stack(
         [(u[d] - torch.outer(v[d], w[d])).abs().max() for d in range(p)]  # one at a time: memory
     )
-    return v, w, worst <= 8 * torch.finfo(u.dtype).eps * pivot.abs()
+    return v, w, worst, pivot.abs()
 
 
 def _matrix(u: Tensor) -> Tensor:
@@ -174,10 +190,13 @@ def check_directions(directions: Any, parameters: Mapping[str, Tensor]) -> Direc
         if isinstance(u, RankOne):
             kind[:] = 1
         elif u.ndim > 2:
-            v, w, exact = rank_one_factors(_matrix(u))
-            kind[exact.cpu()] = 1
-            if bool(exact.all()):
-                slices[name] = RankOne(v, w)
+            maybe = ~_clearly_not_rank_one(_matrix(u), squares.sqrt())
+            if bool(maybe.any()):
+                whole = bool(maybe.all())
+                v, w, exact = rank_one_factors(_matrix(u if whole else u[maybe]))
+                kind[maybe.cpu().nonzero()[exact.cpu(), 0]] = 1
+                if whole and bool(exact.all()):
+                    slices[name] = RankOne(v, w)
         kind[squares == 0] = 0
         kinds[name] = kind
     norms = norms.sqrt()
@@ -407,11 +426,11 @@ class Weight:
         """``dot @ W + x @ U + b`` for all points of radius 0: one product with W, one with each U."""
         points, m, o = self.points, x.shape[0], matrix.shape[1]
         out = x.new_empty(points.count, m, o)
+        beta = 1
         if dot is not None:
             torch.mm(dot.flatten(0, 1), matrix, out=out.flatten(0, 1))
-        elif bias is not None:
-            out.copy_(bias.unsqueeze(1).expand_as(out))
-            bias = None
+        elif sum(run.stop - run.start for run in self.runs) == points.p:
+            beta = 0
         else:
             out.zero_()
         for run in self.runs:
@@ -427,11 +446,11 @@ class Weight:
                     left = torch.cat([left, torch.ones_like(left)], 2)
                     right = torch.cat([right, bias.unsqueeze(1)], 1)
                     bias = None
-                out[at].baddbmm_(left, right)
+                out[at].baddbmm_(left, right, beta=beta)
                 continue
             for k, scale in zip(range(at.start, at.stop), tangent.tolist(), strict=True):
                 u = run.u[k // points.r - run.start]
-                out[k].addmm_(x, u.t() if self.flip else u, alpha=scale)
+                out[k].addmm_(x, u.t() if self.flip else u, beta=beta, alpha=scale)
         return out if bias is None else out.add_(bias.unsqueeze(1))
 
     def _unperturbed(
