@@ -91,12 +91,12 @@ def _extent(value: Any) -> int:
     return sum(x.numel() * x.element_size() for x in leaves)
 
 
-def working_bytes(capture: Capture, moved: set[str]) -> tuple[int, int]:
+def working_bytes(capture: Capture, moved: set[str], still: bool) -> tuple[int, int]:
     """Estimate the memory of :func:`run` for the captured number of samples.
 
     Counts what is alive at once along the graph: values that depend on the moved parameters are
-    held as difference and derivative per point, and the operation in progress may need a few more
-    of that size for its temporaries.
+    held as difference and derivative per point (only the latter where every radius is 0:
+    ``still``), and the operation in progress may need a few more of that size for its temporaries.
 
     Returns:
         (bytes per point, bytes shared by all points).
@@ -116,7 +116,7 @@ def working_bytes(capture: Capture, moved: set[str]) -> tuple[int, int]:
             elif node.op == "call_function" and any(x in moving or x in weights for x in inputs):
                 moving.add(node)
             size = _extent(node.meta.get("val"))
-            per_point = 2 * size if node in moving else 0
+            per_point = (1 if still else 2) * size if node in moving else 0
             if node in weights or (node.op == "placeholder" and node not in moving):
                 size = 0
             alive[node] = (per_point, size)

@@ -14,6 +14,7 @@ from deaddir_fast.nets.dual_values import (
     Context,
     Discrete,
     Dual,
+    Still,
     Value,
     discrete,
     still,
@@ -103,11 +104,17 @@ def apply(ctx: Context, op: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) 
         args, kwargs = pytree.tree_map(
             lambda x: to_dual(x) if isinstance(x, Weight) else x, (args, kwargs)
         )
+    if ctx.points.still and op.namespace != "aten":  # its rule may index differences by point
+        args, kwargs = pytree.tree_map(_spread, (args, kwargs))
     rule = RULES.get(packet)
     result = NotImplemented if rule is None else rule(ctx, op, *args, **kwargs)
     if result is NotImplemented:
         result = fallback(ctx, op, args, kwargs)
     return _without_difference(ctx, op, result) if ctx.points.still else result
+
+
+def _spread(x: Any) -> Any:
+    return Dual(x.base, x.delta.expand_as(x.dot), x.dot) if isinstance(x, Still) else x
 
 
 def _without_difference(ctx: Context, op: Any, result: Any) -> Any:

@@ -28,9 +28,10 @@ from deaddir_fast.ops import softmax_fisher
 KINDS = ("exact", "mc", "empirical")
 
 # Bytes of one pass on a CPU, small enough to stay in cache and in memory the allocator reuses.
-# Full-rank directions form W0 + r U once per pass, which more samples have to pay for.
-_CPU_WORKING_SET = {"low": 30 << 20, "full": 240 << 20}
-_FEWEST_SAMPLES = {"low": 16, "full": 256}
+# Full-rank directions form W0 + r U once per pass, or read U once, which more samples have to pay
+# for. At radius 0 little is done per value next to the products, which more samples speed up.
+_CPU_WORKING_SET = {"low": 30 << 20, "still": 60 << 20, "full": 240 << 20}
+_FEWEST_SAMPLES = {"low": 16, "still": 32, "full": 256}
 
 
 @dataclass(frozen=True)
@@ -203,7 +204,7 @@ def _plan(
 def _divisor(n: int, largest: int) -> int:
     """A chunk size that cuts n evenly if one is near ``largest``: every size is one capture."""
     largest = min(n, largest)
-    for size in range(largest, largest * 2 // 3, -1):
+    for size in range(largest, largest // 2, -1):
         if n % size == 0:
             return size
     return largest
@@ -454,15 +455,17 @@ def _read(
     probe = work.capture(graph.slice_batch(inputs, 0, few))
     z = _sample_output(probe)
     _outputs(z, few, isinstance(lik, likelihoods.Categorical))
-    per_point, shared = (x / few for x in dual.working_bytes(probe, set(rays.slices)))
+    still = not bool(radii.any())
+    per_point, shared = (x / few for x in dual.working_bytes(probe, set(rays.slices), still))
     per_point += 8 * 6 * (z.numel() // few)
     on_cpu = z.device.type == "cpu"
-    fixed = weight_bytes(rays, probe.parameters, r)
+    formed = weight_bytes(rays, probe.parameters, r)
+    fixed = 0 if still else formed  # products with W + r U only form it for other radii
     room = budget - fixed
     if room < per_point + shared:
         need = int(fixed + per_point + shared) + 1
         raise _check.fail("memory_budget", budget, f"at least {need} bytes (one sample, one point)")
-    structure = "full" if fixed else "low"
+    structure = "full" if formed else "still" if still else "low"
     target = min(room, _CPU_WORKING_SET[structure]) if on_cpu else room
     fewest = _FEWEST_SAMPLES[structure]
     samples, some, radii_at_once = _plan(n, p, r, per_point, shared, room, target, fewest)
