@@ -513,7 +513,7 @@ def _read(
         work.notes.add("one sample: no standard error")
     estimate = int(most * (wide * deep * per_point + shared) + fixed)
     chunking = Chunking(most, wide, deep, len(cuts) * len(parts), estimate, budget)
-    found = RayCurvature(
+    result = RayCurvature(
         radii,
         f,
         k,
@@ -526,7 +526,7 @@ def _read(
         chunking,
         tuple(sorted(work.notes)),
     )
-    return found, None if each is None else each[back]
+    return result, None if each is None else each[back]
 
 
 def _sample_output(capture: graph.Capture) -> Tensor:
@@ -549,6 +549,7 @@ def _readings(
     lik: likelihoods.Likelihood, kind: str, out: dual.Dual, labels: list[Tensor]
 ) -> tuple[Tensor, Tensor]:
     """Per-sample curvature and divergence, (P, n) each, in fp64."""
+
     def per_sample(x: Tensor) -> Tensor:
         return x.flatten(2).sum(2) if x.ndim > 2 else x
 

@@ -423,7 +423,7 @@ class Weight:
     def _tangent(
         self, matrix: Tensor, x: Tensor, dot: Tensor | None, bias: Tensor | None
     ) -> Tensor:
-        """``dot @ W + x @ U + b`` for all points of radius 0: one product with W, one with each U."""
+        """``dot @ W + x @ U + b`` at radius 0: one product with W and one with each U."""
         points, m, o = self.points, x.shape[0], matrix.shape[1]
         out = x.new_empty(points.count, m, o)
         beta = 1

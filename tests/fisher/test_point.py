@@ -34,7 +34,7 @@ class Sorted(nn.Module):
         super().__init__()
         self.a = nn.Parameter(torch.randn(4, 4))
         self.scale = nn.Parameter(torch.rand(4) + 0.5)
-        self.power = nn.Parameter(torch.tensor(0.3))
+        self.power = nn.Parameter(torch.tensor([0.3]))
 
     def forward(self, x: Tensor) -> Tensor:
         w = self.scale[:, None] * self.a / self.a.norm(dim=1, keepdim=True)
@@ -42,7 +42,8 @@ class Sorted(nn.Module):
         top, where = h.topk(2, dim=-1)
         h = h.scatter(1, where, torch.softmax(top, -1)) + h.sign() * 2**self.power
         h = torch.maximum(h, h.sort(dim=-1).values) + h.amax(-1, keepdim=True)
-        return torch.cat([h.clamp(-1, 1), h.cumsum(1).abs(), h.prod(1, keepdim=True)], 1)
+        h = torch.cat([h.clamp(-1, 1), h.cumsum(1).abs(), h.prod(1, keepdim=True)], 1)
+        return torch.tanh(h / 3)
 
 
 def more_cases() -> dict[str, tuple[nn.Module, Any]]:
@@ -98,7 +99,8 @@ def structured(model: nn.Module) -> dict[str, Tensor]:
 
 def flat(model: nn.Module, directions: dict[str, Tensor]) -> Tensor:
     """(p, d), of unit norm."""
-    u = torch.cat([directions[k].flatten(1) for k, _ in model.named_parameters()], 1)
+    p = len(next(iter(directions.values())))
+    u = torch.cat([directions[k].reshape(p, -1) for k, _ in model.named_parameters()], 1)
     return u / u.norm(dim=1, keepdim=True)
 
 
@@ -316,9 +318,7 @@ def test_bad_arguments_are_named(
     model, x = more_cases()["tanh mlp"]
     args: dict[str, Any] = {"model": model, "inputs": x, "directions": structured(model)} | change
     with pytest.raises(error, match=match):
-        dd.point_curvature(
-            args.pop("model"), args.pop("inputs"), args.pop("directions"), **args
-        )
+        dd.point_curvature(args.pop("model"), args.pop("inputs"), args.pop("directions"), **args)
 
 
 def test_attention_without_its_own_projections_moves() -> None:
