@@ -4,6 +4,7 @@ from deaddir_fast import gauge, ops, theory
 from deaddir_fast._backend import backend
 from deaddir_fast.fisher.factors import KronFactors, LayerFactors
 from deaddir_fast.fisher.kron import kron_factors
+from deaddir_fast.fisher.point import PointCurvature, point_curvature
 from deaddir_fast.fisher.probe import LayerCurvature, layer_curvature
 from deaddir_fast.nets.likelihood import (
     Bernoulli,
@@ -48,6 +49,7 @@ __all__ = [
     "LayerCurvature",
     "LayerFactors",
     "Likelihood",
+    "PointCurvature",
     "Poisson",
     "PriorExponents",
     "RankOne",
@@ -68,6 +70,7 @@ __all__ = [
     "layer_curvature",
     "leading_scores",
     "ops",
+    "point_curvature",
     "prior_exponents",
     "ray_curvature",
     "ray_orders",
