@@ -11,6 +11,8 @@ Bound for n rows of width d: n d² FLOP, n d elements read and ⌈n / held⌉ 4 
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -21,30 +23,46 @@ ROWS = 2048
 
 
 class GramSum:
-    """Σ x xᵀ, Σ x and the number of rows.
+    """α Σ x xᵀ, Σ x and the number of rows.
+
+    Args:
+        width: d.
+        dtype: of the triangle, fp32 or fp64.
+        device: where the rows are.
+        held: rows held back before an update.
+        alpha: factor of the triangle.
+        ones: whether Σ x is kept.
 
     Attributes:
-        packed: (d (d + 1) / 2,) lower triangle, row by row.
-        sums: (d,), fp64.
+        packed: (d (d + 1) / 2,) lower triangle, row by row; complete after :meth:`release`.
+        sums: (d,), fp64; (0,) without ``ones``.
         count: number of rows so far, those held back included.
     """
 
     def __init__(
-        self, width: int, dtype: torch.dtype, device: torch.device, held: int = ROWS
+        self,
+        width: int,
+        dtype: torch.dtype,
+        device: torch.device,
+        held: int = ROWS,
+        *,
+        alpha: float = 1.0,
+        ones: bool = True,
     ) -> None:
         self.width = width
-        self.packed = torch.zeros(entries(width), dtype=dtype, device=device)
-        self.sums = torch.zeros(width, dtype=torch.float64, device=device)
+        # The first update writes it: zeros would be two more passes over fresh memory.
+        self.packed = torch.empty(entries(width), dtype=dtype, device=device)
+        self.sums = torch.zeros(width if ones else 0, dtype=torch.float64, device=device)
         self.count = 0
         self.held = held
+        self.alpha = alpha
+        self._begun = False
         self._buffer: Tensor | None = None
         self._filled = 0
 
-    def add(self, rows: Tensor, scale: float = 1.0) -> None:
-        """Add (m, d) rows, each x times ``scale``."""
+    def add(self, rows: Tensor) -> None:
+        """Add (m, d) rows; they are copied or used at once."""
         self.count += len(rows)
-        if scale != 1.0:
-            rows = rows * scale
         while len(rows):
             if not self._filled and len(rows) >= self.held:
                 self._update(rows[: self.held])
@@ -67,24 +85,38 @@ class GramSum:
             self._update(rows)
 
     def _update(self, rows: Tensor) -> None:
-        ones = rows.new_ones(1, len(rows))
-        # A product, not sum(0): on a CPU the latter walks down columns of a wide matrix.
-        if rows.dtype in (torch.float32, torch.float64):
-            self.sums += (ones @ rows)[0]
-        else:
-            self.sums += rows.sum(0, dtype=torch.float32)
+        if self.sums.numel():
+            # A product, not sum(0): on a CPU the latter walks down columns of a wide matrix.
+            if rows.dtype in (torch.float32, torch.float64):
+                self.sums += (rows.new_ones(1, len(rows)) @ rows)[0]
+            else:
+                self.sums += rows.sum(0, dtype=torch.float32)
         wide = torch.float64 if rows.dtype == torch.float64 else torch.float32
+        beta, self._begun = float(self._begun), True
         if self.packed.dtype == wide:
-            gram_packed(rows, out=self.packed, beta=1.0)
-        elif wide == torch.float32:
-            self.packed += gram_packed(rows)
+            gram_packed(rows, out=self.packed, alpha=self.alpha, beta=beta)
+            return
+        product = gram_packed(rows, alpha=self.alpha)
+        if beta:
+            self.packed += product.to(self.packed.dtype)
         else:
-            self.packed += gram_packed(rows).to(self.packed.dtype)
+            self.packed.copy_(product)
 
     def release(self) -> None:
         """Flush and give the buffer's memory back."""
         self.flush()
         self._buffer = None
+        if not self._begun:
+            self.packed.zero_()
+            self._begun = True
+
+
+def diagonal(packed: Tensor) -> Tensor:
+    """(..., d) diagonal of packed lower triangles (..., d (d + 1) / 2)."""
+    size = packed.shape[-1]
+    width = (math.isqrt(8 * size + 1) - 1) // 2
+    index = torch.arange(1, width + 1, device=packed.device)
+    return packed[..., index * (index + 1) // 2 - 1]
 
 
 def unpack(packed: Tensor, width: int) -> Tensor:

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from deaddir_fast.fisher.accumulate import GramSum
+from deaddir_fast.fisher.accumulate import GramSum, diagonal
 from deaddir_fast.fisher.factors import LayerFactors
 from deaddir_fast.nets.layers.base import Layer
 from deaddir_fast.nets.layers.embedding import Embedding
@@ -42,32 +42,43 @@ class Collector:
         dtype: of the sums; None follows the rows (fp64 for fp64, else fp32).
         kfac: "expand" (one row per token) or "reduce" (a averaged, g summed over tokens).
         closed_head: whether the head's G is held as the diagonal given by :meth:`head_diagonal`.
+        scale: factor of every gradient (1/√draws).
     """
 
     def __init__(
-        self, survey: Survey, *, dtype: torch.dtype | None, kfac: str, closed_head: bool
+        self,
+        survey: Survey,
+        *,
+        dtype: torch.dtype | None,
+        kfac: str,
+        closed_head: bool,
+        scale: float = 1.0,
     ) -> None:
         self.survey, self.dtype, self.kfac = survey, dtype, kfac
         self.closed_head = survey.head if closed_head else None
+        self.scale = scale
+        self._with_ones = {
+            survey.leaders.get(name, name)
+            for name, layer in survey.layers.items()
+            if layer.bias is not None
+        }
         self.samples = 0
         self.notes: dict[str, None] = {}
         self._sums: dict[str, _Sums] = {}
         self._n = 0
         self._mask: Tensor | None = None
-        self._scale = 1.0
         self._inputs: dict[str, tuple[Tensor, int]] = {}
         self._pending: dict[str, Tensor] = {}
         self._averaged: dict[str, tuple[Tensor, int]] = {}
 
-    def begin(self, n: int, mask: Tensor | None, scale: float = 1.0) -> None:
+    def begin(self, n: int, mask: Tensor | None) -> None:
         """Start a batch of n samples.
 
         Args:
             n: number of samples.
             mask: (n, t) which tokens count, or None for all.
-            scale: factor of every gradient (1/√draws).
         """
-        self._n, self._mask, self._scale = n, mask, scale
+        self._n, self._mask = n, mask
         self.samples += n
         self._inputs.clear()
 
@@ -77,10 +88,19 @@ class Collector:
             dtype = self.dtype or wide
             a: list[GramSum] = []
             if layer.form == "matrix" and layer.name not in self.survey.leaders:
-                a = [GramSum(layer.inputs, dtype, like.device) for _ in range(layer.groups)]
+                ones = layer.name in self._with_ones
+                a = [
+                    GramSum(layer.inputs, dtype, like.device, ones=ones)
+                    for _ in range(layer.groups)
+                ]
             g: list[GramSum] = []
             if layer.name != self.closed_head:
-                g = [GramSum(layer.outputs, dtype, like.device) for _ in range(layer.groups)]
+                # The factor of the gradients goes to the product, which costs nothing.
+                alpha = self.scale**2
+                g = [
+                    GramSum(layer.outputs, dtype, like.device, alpha=alpha, ones=False)
+                    for _ in range(layer.groups)
+                ]
             self._sums[layer.name] = _Sums(a, g)
         return self._sums[layer.name]
 
@@ -169,19 +189,19 @@ class Collector:
                 held = self._pending.get(layer.name)
                 self._pending[layer.name] = g if held is None else held + g
                 return
-            self._of(layer, g).g[0].add(g, self._scale)
+            self._of(layer, g).g[0].add(g)
             return
         sums = self._of(layer, g)
         if layer.groups > 1:
             for k, total in enumerate(sums.g):
-                total.add(self._kept(layer, g[:, :, k]), self._scale)
+                total.add(self._kept(layer, g[:, :, k]))
             return
-        sums.g[0].add(self._kept(layer, g), self._scale)
+        sums.g[0].add(self._kept(layer, g))
 
     def end_pass(self) -> None:
         """A backward pass is over."""
         for name, g in self._pending.items():
-            self._of(self.survey.layers[name], g).g[0].add(g, self._scale)
+            self._of(self.survey.layers[name], g).g[0].add(g)
         self._pending.clear()
 
     def head_diagonal(self, z: Tensor, mask: Tensor | None) -> None:
@@ -229,7 +249,10 @@ class Collector:
             g, form = sums.diagonal, "diagonal"
         else:
             g, form = _stack([t.packed for t in sums.g]), "matrix"
-        for what, total in (("inputs", a), ("gradients", g)):
+        of_a = diagonal(a) if layer.form == "matrix" else a
+        of_g = diagonal(g) if form == "matrix" else g
+        # Squares: what is not finite in a row, or overflows in a sum, does so on the diagonal.
+        for what, total in (("inputs", of_a), ("gradients", of_g)):
             if not bool(torch.isfinite(total).all()):
                 self.notes[f"{layer.name}: its {what} are not all finite"] = None
         return LayerFactors(

@@ -105,7 +105,11 @@ class Pass:
             and found.layers[head].outputs > settings.largest_head
         )
         self.collector = Collector(
-            found, dtype=settings.dtype, kfac=settings.kfac, closed_head=closed
+            found,
+            dtype=settings.dtype,
+            kfac=settings.kfac,
+            closed_head=closed,
+            scale=settings.draws**-0.5 if settings.fisher == "mc" else 1.0,
         )
         self.streams = Streams(
             model,
@@ -126,7 +130,7 @@ class Pass:
         s, collector = self.settings, self.collector
         if batch.n > 1 and not self.laid_out:
             self._lay_out(batch)
-        collector.begin(batch.n, batch.mask, s.draws**-0.5 if s.fisher == "mc" else 1.0)
+        collector.begin(batch.n, batch.mask)
         z = self.streams.forward(batch.inputs, batch.n)
         mask = _output_mask(z, batch, s.likelihood)
         if collector.closed_head is not None:
