@@ -109,7 +109,7 @@ def _swapped(first: Tensor | None, other: Tensor | None, eps: float) -> bool:
 
 
 def _layout(first: _Seen, other: _Seen | None, eps: float) -> str:
-    if other is None:
+    if other is None or 0 in first.shape:
         return "samples"
     for layout in ("samples", "flat", "second", "shared"):
         if _swapped(first.prints[layout], other.prints[layout], eps):
@@ -222,7 +222,8 @@ def survey(
         (name for name in names if name in wanted and name not in wrong),
         key=lambda name: first.seen[name].order if name in first.seen else len(first.seen),
     )
-    eps = max(torch.finfo(p.dtype).eps for p in model.parameters() if p.is_floating_point())
+    precisions = [torch.finfo(p.dtype).eps for p in model.parameters() if p.is_floating_point()]
+    eps = max(precisions, default=0.0)
     tokens: dict[str, int] = {}
     for name in ordered:
         layer, seen = everything[name], first.seen.get(name)

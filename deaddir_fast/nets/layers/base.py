@@ -115,14 +115,13 @@ class Layer(ABC):
             x = x.transpose(0, 1)
         elif self.layout == "shared" and x.shape[0] == 1:
             x = x.expand(n, *x.shape[1:])
-        tail = x.shape[x.ndim - features :]
-        if x.shape[0] == n:
-            return x.reshape(n, -1, *tail)
-        rows = x.reshape(-1, *tail)
-        if rows.shape[0] % n:
+        lead, tail = x.shape[: x.ndim - features], x.shape[x.ndim - features :]
+        # Extents are counted, as -1 is not defined for widths of zero.
+        rows = lead.numel()
+        if x.shape[0] != n and rows % n:
             # Rows that were routed or packed: they belong to samples, but which is not known here.
-            return rows.unsqueeze(0)
-        return rows.reshape(n, -1, *tail)
+            return x.reshape(1, rows, *tail)
+        return x.reshape(n, rows // n, *tail)
 
 
 class Adapter(ABC):
