@@ -53,9 +53,7 @@ def _step(word: Tensor, index: Tensor) -> Tensor:
     return _mix_(word + (index + 1) * _signed(_GOLDEN))
 
 
-def words(
-    seed: int, draw: int, samples: Tensor, tokens: Tensor, elements: int | None
-) -> Tensor:
+def words(seed: int, draw: int, samples: Tensor, tokens: Tensor, elements: int | None) -> Tensor:
     """64 random bits for every position.
 
     Args:

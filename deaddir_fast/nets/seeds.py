@@ -5,8 +5,8 @@ backward pass of each gives the gradients of which K-FAC's G consists.
 
 - exact (type 2): the columns of a square root of H, one pass for each. A softmax over c classes
   has c − 1: the sequential binomials of a multinomial, v_j = √(p_j s_{j+1} / s_j) (e_j −
-  Σ_{k>j} (p_k / s_{j+1}) e_k) with tail sums s_j = Σ_{k≥j} p_k, all terms positive, so nothing
-  cancels.
+  Σ_{k>j} (p_k / s_{j+1}) e_k) with tail sums s_j = Σ_{k≥j} p_k of positive terms, the likeliest
+  class last.
 - mc: scores of labels drawn from the model. Each sample has random numbers of its own, so that
   the result depends on neither the batch size nor the padding.
 - empirical: scores of the data's labels; not the Fisher matrix (its rates differ).
@@ -37,8 +37,8 @@ def exact_count(z: Tensor, likelihood: Likelihood) -> int:
 def exact(z: Tensor, likelihood: Likelihood, mask: Tensor | None = None) -> Iterator[Tensor]:
     """Columns of a square root of H, one position at a time; each of the shape of z."""
     n, c = z.shape[0], z.shape[-1]
-    flat = z.detach().reshape(n, -1, c)
-    live = None if mask is None else mask.reshape(n, -1)
+    flat = z.detach().reshape(n, z.shape[1:-1].numel(), c)
+    live = None if mask is None else mask.to(z.device).reshape(n, flat.shape[1])
     for s in range(flat.shape[1]):
         if live is not None and not bool(live[:, s].any()):
             continue
@@ -53,16 +53,21 @@ def _columns(z: Tensor, likelihood: Likelihood) -> Iterator[Tensor]:
     c = z.shape[1]
     if isinstance(likelihood, Categorical):
         p = torch.softmax(wide, -1)
+        # The likeliest class last, so that no tail is small: products of two rare classes would
+        # otherwise be differences of much larger numbers.
+        swap = torch.arange(c, device=z.device).expand_as(p).clone()
+        top = p.argmax(-1, keepdim=True)
+        swap[:, -1:] = top
+        swap.scatter_(1, top, c - 1)
+        p = p.gather(1, swap)
         tail = p.flip(-1).cumsum(-1).flip(-1)
         # Quotients of tails, not their products, which underflow long before the entries do.
-        rest = torch.where(tail[:, :-1] > 0, tail[:, 1:] / tail[:, :-1], 0.0)
-        size = (p[:, :-1] * rest).sqrt()
+        size = (p[:, :-1] * (tail[:, 1:] / tail[:, :-1])).sqrt()
         for j in range(c - 1):
             column = torch.zeros_like(p)
             column[:, j] = size[:, j]
-            after = torch.where(tail[:, j + 1, None] > 0, p[:, j + 1 :] / tail[:, j + 1, None], 0.0)
-            column[:, j + 1 :] = after.mul_(-size[:, j, None])
-            yield column.to(z.dtype)
+            column[:, j + 1 :] = p[:, j + 1 :] / tail[:, j + 1, None] * -size[:, j, None]
+            yield column.gather(1, swap).to(z.dtype)
         return
     _, transpose = torch.func.vjp(lambda d: likelihood.whiten(wide, d), torch.zeros_like(wide))
     for j in range(c):

@@ -30,8 +30,8 @@ from deaddir_fast.nets.layers.base import Adapter, Layer
 from deaddir_fast.nets.layers.linear import Linear
 from deaddir_fast.nets.layers.registry import Skipped
 
-#: Numbers of a sample that its print is made of.
-_PRINTED = 2048
+#: Length of the pieces that samples are projected in.
+_FOLDED = 2048
 #: Rows on which a linear map is computed again.
 _CHECKED = 64
 
@@ -73,21 +73,28 @@ class _Seen:
     calls: int = 1
 
 
-@lru_cache(maxsize=8)
-def _angles(count: int, device: torch.device) -> Tensor:
+@lru_cache(maxsize=32)
+def _angles(count: int, step: float, dtype: torch.dtype, device: torch.device) -> Tensor:
     # Irrational steps, so that no permutation of features has the same print.
-    return torch.cos(torch.arange(count, device=device, dtype=torch.float64) * 1.6180339887)
+    angle = torch.arange(count, device=device, dtype=torch.float64) * step
+    return torch.cos(angle).to(dtype)
 
 
 def _print(x: Tensor, n: int) -> Tensor | None:
-    """(n, 2) numbers that tell samples apart if they lead in x, from a few thousand of each."""
+    """(n, 2) numbers that tell samples apart if they lead in x: a projection and the size."""
     if x.ndim == 0 or x.shape[0] % n or x.numel() == 0:
         return None
     rows = x.detach().reshape(n, -1)
-    # An odd stride meets every channel of a tensor whose width is a power of two.
-    rows = rows[:, :: rows.shape[1] // _PRINTED | 1].double()
-    angles = _angles(rows.shape[1], rows.device)
-    return torch.stack([rows @ angles, rows.norm(dim=1)], 1).cpu()
+    rows = rows if rows.dtype == torch.float64 else rows.float()
+    # Weights cos(α i) cos(β j) over folded rows: two short tables instead of one as long as x.
+    size = rows.shape[1]
+    width = min(size, _FOLDED)
+    whole = size // width * width
+    inner = _angles(width, 1.6180339887, rows.dtype, rows.device)
+    outer = _angles(whole // width, 1.4142135624, rows.dtype, rows.device)
+    projected = (rows[:, :whole].reshape(n, -1, width) @ inner) @ outer
+    projected = projected + rows[:, whole:] @ inner[: size - whole]
+    return torch.stack([projected, rows.norm(dim=1)], 1).double().cpu()
 
 
 def _prints(x: Tensor, n: int) -> dict[str, Tensor | None]:

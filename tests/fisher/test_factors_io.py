@@ -9,12 +9,12 @@ import os
 import pytest
 import torch
 from compare import assert_rms
-from fisher.dense_factors import MaskedTransformer, mlp
 from safetensors.torch import save_file
 
 import deaddir_fast as dd
 from deaddir_fast.fisher import factors as module
 from deaddir_fast.fisher.factors import KronFactors
+from fisher.dense_factors import MaskedTransformer, mlp
 
 torch.set_num_threads(1)
 
@@ -196,9 +196,7 @@ def test_parts_that_share_differently():
         dd.kron_factors(model, {"input_ids": part}, share_inputs=shared)
         for part, shared in zip(ids.split(2), (True, False), strict=True)
     )
-    one, other = (
-        KronFactors(f, {**f.meta, "shards": [k]}) for k, f in enumerate((one, other))
-    )
+    one, other = (KronFactors(f, {**f.meta, "shards": [k]}) for k, f in enumerate((one, other)))
     whole = dd.kron_factors(model, {"input_ids": ids})
     for order in ([one, other], [other, one]):
         merged = KronFactors.merge(order)

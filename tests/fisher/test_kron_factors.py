@@ -8,13 +8,13 @@ import pytest
 import torch
 import torch.nn.functional as F
 from compare import assert_rms, relative_rms
-from fisher.dense_factors import MaskedTransformer, dense, mlp
 from torch import Tensor, nn
 
 import deaddir_fast as dd
 from deaddir_fast.fisher.factors import KronFactors
 from deaddir_fast.nets import likelihood as likelihoods
 from deaddir_fast.nets import seeds
+from fisher.dense_factors import MaskedTransformer, dense, mlp
 
 torch.set_num_threads(1)
 
@@ -69,7 +69,9 @@ def test_exact_factors_of_a_sequence_model(likelihood):
     for name, (a, g) in truth.items():
         assert_rms(found[name].A, a, 1e-13)
         assert_rms(found[name].G, g, 1e-11)
-    assert_rms(found["embed"].A, torch.bincount(ids.flatten(), minlength=7).double() / ids.numel(), 1e-15)
+    assert_rms(
+        found["embed"].A, torch.bincount(ids.flatten(), minlength=7).double() / ids.numel(), 1e-15
+    )
 
 
 def test_exact_block_of_a_norm():
