@@ -269,13 +269,18 @@ def kron_factors(
 
     A is the mean over samples and tokens of a aᵀ (a layer's inputs, with a trailing 1 where there
     is a bias), G the mean over samples of the sum over tokens of g gᵀ (gradients of log p(y|x) with
-    respect to its outputs), so that A ⊗ G approximates the block of F = E[s sᵀ], exactly where a and
-    g are independent: deep linear networks, and the scale and shift of norms, whose exact block is
-    G with A = 1. Sources: Martens & Grosse 2015; Eschenhagen et al. 2023 for shared weights.
+    respect to its outputs), so that A ⊗ G approximates the block of F = E[s sᵀ], exactly where a
+    and g are independent: deep linear networks, and the scale and shift of norms, whose exact block
+    is G with A = 1. Sources: Martens & Grosse 2015; Eschenhagen et al. 2023 for shared weights.
 
-    Cost of a batch with one seed: a forward pass, a backward pass for activations only, and
-    n t (i² + o²) FLOP a layer for the triangles of A and G, where an ordinary backward pass spends
-    2 n t i o on weight gradients. Layers that receive the same tensor share one A.
+    Bound for a batch of n samples of t tokens with one seed: 2 n t i o FLOP a layer forwards, as
+    many backwards (none below the first layer), and n t (i² + o²) for the triangles of A and G,
+    where an ordinary backward pass spends 2 n t i o on weight gradients: as much for a square
+    layer, (r + 1/r) / 2 times as much for o = r i, and n t i² less for each layer that
+    shares its A with another. Memory: activations that the backward pass needs, triangles of
+    4 (i² + o²) / 2 bytes in fp32, and one layer's gradient at a time; bytes moved are those of a
+    forward and a backward pass, with a and g read once more while they are in cache. Before the
+    first batch two of its samples pass the model twice (the survey).
 
     K-FAC drops the terms between layers, so it does not see that a symmetry spanning two layers is
     null: use ``dd.ray_curvature`` for those directions.

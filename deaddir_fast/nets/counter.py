@@ -1,10 +1,10 @@
 """Random numbers by counting: each one is a function of its position, on any device.
 
-A number is found from (seed, draw, sample, token, element) by a chain of the finaliser of splitmix64
-(Steele, Lea & Flood 2014, *Fast splittable pseudorandom number generators*; constants of Stafford's
-variant 13): each stage mixes the word of the stage before plus a multiple of the golden ratio, so
-that the numbers of one token are a splitmix64 sequence that starts at a place of its own. Nothing is
-drawn in order: numbers do not depend on how samples are cut into batches.
+A number is found from (seed, draw, sample, token, element) by a chain of the finaliser of
+splitmix64 (Steele, Lea & Flood 2014, *Fast splittable pseudorandom number generators*; constants of
+Stafford's variant 13): each stage mixes the word of the stage before plus a multiple of the golden
+ratio, so that the numbers of one token are a splitmix64 sequence that starts at a place of its own.
+Nothing is drawn in order: numbers do not depend on how samples are cut into batches.
 
 Bound: about 12 integer operations a number. (Our choice.)
 """

@@ -143,18 +143,27 @@ class Categorical(Likelihood):
 
     def label(self, z: Tensor, noise: Tensor) -> Tensor:
         """Class indices (...) by inverting the cumulative distribution."""
-        cumulative = torch.softmax(z, -1).cumsum(-1, dtype=torch.float64)
-        limit = noise.unsqueeze(-1) * cumulative[..., -1:]
-        shape = torch.broadcast_shapes(cumulative.shape[:-1], limit.shape[:-1])
-        cumulative = cumulative.expand(*shape, z.shape[-1]).contiguous()
-        found = torch.searchsorted(cumulative, limit.expand(*shape, 1).contiguous()).squeeze(-1)
-        return found.clamp_(max=z.shape[-1] - 1)  # of NaN outputs it is c
+        return self.label_of(torch.softmax(z, -1), noise)
 
     def score(self, z: Tensor, y: Tensor) -> Tensor:
         """onehot(y) - p, with 1 - p_y as the sum of the other probabilities."""
-        p = torch.softmax(z, -1)
-        index = y.expand(z.shape[:-1]).unsqueeze(-1)
-        p = p.scatter(-1, index, 0.0)
+        return self.score_of_(torch.softmax(z, -1), y)
+
+    @staticmethod
+    def label_of(p: Tensor, noise: Tensor) -> Tensor:
+        """Class indices (...) from probabilities (..., c)."""
+        cumulative = p.cumsum(-1, dtype=torch.float64)
+        limit = noise.unsqueeze(-1) * cumulative[..., -1:]
+        shape = torch.broadcast_shapes(cumulative.shape[:-1], limit.shape[:-1])
+        cumulative = cumulative.expand(*shape, p.shape[-1]).contiguous()
+        found = torch.searchsorted(cumulative, limit.expand(*shape, 1).contiguous()).squeeze(-1)
+        return found.clamp_(max=p.shape[-1] - 1)  # of NaN it is c
+
+    @staticmethod
+    def score_of_(p: Tensor, y: Tensor) -> Tensor:
+        """Scores (..., c) in the place of probabilities."""
+        index = y.expand(p.shape[:-1]).unsqueeze(-1)
+        p.scatter_(-1, index, 0.0)
         rest = p.sum(-1, keepdim=True)
         return p.neg_().scatter_(-1, index, rest)
 

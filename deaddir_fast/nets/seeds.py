@@ -24,7 +24,7 @@ from deaddir_fast.nets import counter
 from deaddir_fast.nets.likelihood import Bernoulli, Categorical, Gaussian, Likelihood, Poisson
 
 #: Numbers of a block of outputs: small enough for the tables of it to stay in cache.
-_AT_ONCE = 1 << 20
+_AT_ONCE = 1 << 18
 _GOLDEN = 0x9E3779B97F4A7C15
 
 
@@ -173,12 +173,19 @@ def _by_rows(
     flat = z.detach().reshape(-1, c)
     rows = given.reshape(flat.shape[0], *given.shape[z.ndim - 1 :]).to(z.device)
     out = torch.empty_like(flat)
-    block = max(1, _AT_ONCE // c)
+    block = max(1, _AT_ONCE // max(1, c))
+    # One softmax serves for the label and its score.
+    fused = type(likelihood) is Categorical
     for start in range(0, flat.shape[0], block):
         some = slice(start, start + block)
         wide = flat[some] if flat.dtype == torch.float64 else flat[some].float()
-        label = likelihood.label(wide, rows[some]) if draw else rows[some]
-        out[some] = likelihood.score(wide, label).to(out.dtype)
+        if fused:
+            p = torch.softmax(wide, -1)
+            label = Categorical.label_of(p, rows[some]) if draw else rows[some]
+            out[some] = Categorical.score_of_(p, label)
+        else:
+            label = likelihood.label(wide, rows[some]) if draw else rows[some]
+            out[some] = likelihood.score(wide, label)
     if mask is not None:
         # Not a product: outputs of padding may be NaN.
         out.masked_fill_(~mask.to(z.device).reshape(-1, 1), 0)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -37,7 +39,7 @@ class MaskedTransformer(nn.Module):
 
 def mlp(*widths: int, dtype: torch.dtype = torch.float64, bias: bool = True) -> nn.Sequential:
     layers: list[nn.Module] = []
-    for i, o in zip(widths, widths[1:], strict=False):
+    for i, o in pairwise(widths):
         layers += [nn.Linear(i, o, bias=bias, dtype=dtype), nn.Tanh()]
     return nn.Sequential(*layers[:-1]).eval()
 

@@ -121,11 +121,11 @@ def test_folders_that_are_not_factors(tmp_path):
         KronFactors.load(tmp_path)
     for content in (b"", b"not a safetensors file", (1 << 40).to_bytes(8, "little") + b"{}"):
         path.write_bytes(content)
-        with pytest.raises(ValueError, match="folder: .* is not a whole safetensors file"):
+        with pytest.raises(ValueError, match=r"folder: .* is not a whole safetensors file"):
             KronFactors.load(tmp_path)
     language_model_factors().save(tmp_path)
     path.write_bytes(path.read_bytes()[:-7])
-    with pytest.raises(ValueError, match="folder: .* is not a whole safetensors file"):
+    with pytest.raises(ValueError, match=r"folder: .* is not a whole safetensors file"):
         KronFactors.load(tmp_path)
 
 
@@ -139,7 +139,7 @@ def test_a_description_that_lacks_numbers(tmp_path):
         {"A/q": torch.zeros(21)}, tmp_path / "factors.safetensors",
         {"manifest": json.dumps(manifest)},
     )  # fmt: skip
-    with pytest.raises(ValueError, match="folder: .* has no A_ones/q"):
+    with pytest.raises(ValueError, match=r"folder: .* has no A_ones/q"):
         KronFactors.load(tmp_path)
 
 
@@ -206,7 +206,7 @@ def test_parts_that_share_differently():
 
 
 def test_parts_that_do_not_belong_together():
-    parts, whole = shards()
+    parts, _ = shards()
     with pytest.raises(ValueError, match="parts: expected at least one"):
         KronFactors.merge([])
     with pytest.raises(ValueError, match="parts: expected each shard once"):

@@ -162,7 +162,7 @@ def test_integer_labels_of_any_width(dtype):
 
 @pytest.mark.parametrize(("targets", "error", "match"), [
     (torch.zeros(4).long(), ValueError, r"targets: expected shape \(3,\)"),
-    (torch.tensor([0, 4, 1]), ValueError, r"targets: expected class indices in 0\.\.3 .* got 0\.\.4"),
+    (torch.tensor([0, 4, 1]), ValueError, r"targets: expected class indices in 0\.\.3 .* 0\.\.4"),
     (torch.tensor([0, -1, 1]), ValueError, r"got -1\.\.1"),
     (torch.zeros(3), TypeError, "targets: expected integer class indices"),
     (torch.zeros(3).bool(), TypeError, "targets: expected integer class indices"),
