@@ -52,6 +52,8 @@ def as_batch(given: Any, fisher: str) -> Batch:
         targets = labels if targets is None else targets
         mask = given.get("attention_mask")
         if isinstance(mask, Tensor) and mask.ndim == 2:
+            if mask.dtype != torch.bool and bool((mask < 0).any()):
+                raise _check.fail("batches", mask, "an attention_mask of ones and zeros")
             mask = mask.bool()
             mask = None if bool(mask.all()) else mask
         else:
@@ -133,6 +135,10 @@ class Pass:
         collector.begin(batch.n, batch.mask)
         z = self.streams.forward(batch.inputs, batch.n)
         mask = _output_mask(z, batch, s.likelihood)
+        if mask is None and batch.mask is not None and z.ndim > 2:
+            collector.notes["the outputs do not match the mask; those of padding are counted"] = (
+                None
+            )
         if collector.closed_head is not None:
             collector.head_diagonal(z, mask)
         passes = list_of_seeds(z, batch, mask, first, s)
@@ -327,7 +333,8 @@ def kron_factors(
     if not found.layers:
         raise ValueError("model: none of its modules is a layer that factors are known for")
     index = 0
-    total = len(batches) if hasattr(batches, "__len__") and not torch.is_tensor(batches) else None
+    one = isinstance(batches, (Tensor, Mapping))
+    total = 1 if one else len(batches) if hasattr(batches, "__len__") else None
     with Pass(model, found, settings) as work, _progress(progress) as bar:
         task = bar.add_task("factors", total=total)
         batch: Batch | None = first

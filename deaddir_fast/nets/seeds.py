@@ -15,6 +15,7 @@ backward pass of each gives the gradients of which K-FAC's G consists.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -69,7 +70,8 @@ def _columns(z: Tensor, likelihood: Likelihood) -> Iterator[Tensor]:
             column[:, j + 1 :] = p[:, j + 1 :] / tail[:, j + 1, None] * -size[:, j, None]
             yield column.gather(1, swap).to(z.dtype)
         return
-    _, transpose = torch.func.vjp(lambda d: likelihood.whiten(wide, d), torch.zeros_like(wide))
+    zero = torch.zeros_like(wide)
+    transpose: Any = torch.func.vjp(lambda d: likelihood.whiten(wide, d), zero)[1]
     for j in range(c):
         unit = torch.zeros_like(wide)
         unit[:, j] = 1

@@ -35,7 +35,7 @@ class _Tap(torch.autograd.Function):
         return z.detach()
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, None, None]:  # type: ignore[override]
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, None, None]:
         ctx.sink(grad)
         return (grad if ctx.through else None), None, None
 
@@ -78,7 +78,7 @@ class Streams:
         for p in self._frozen:
             p.requires_grad_(False)
         # Key and value caches of language models would be built for nothing.
-        config = getattr(self.model, "config", None)
+        config: Any = getattr(self.model, "config", None)
         if getattr(config, "use_cache", None):
             self._cache, config.use_cache = config, False
         try:

@@ -441,6 +441,20 @@ def test_nan_in_padding_is_not_counted():
     assert_same(dirty, clean, 0)
 
 
+def test_outputs_that_do_not_match_the_mask_are_noted():
+    class Longer(MaskedTransformer):
+        def forward(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
+            z = super().forward(input_ids, attention_mask)
+            return torch.cat([z, z[:, :1]], 1)
+
+    ids, mask = tokens(3, 4), torch.tensor([[1, 1, 1, 1], [1, 1, 0, 0], [1, 1, 1, 0]])
+    model = Longer().double().eval()
+    found = dd.kron_factors(model, {"input_ids": ids, "attention_mask": mask}, fisher="mc")
+    assert found.notes == ("the outputs do not match the mask; those of padding are counted",)
+    with pytest.raises(ValueError, match="batches: expected an attention_mask of ones and zeros"):
+        dd.kron_factors(model, {"input_ids": ids, "attention_mask": (mask - 1) * 1e9})
+
+
 @pytest.mark.filterwarnings("ignore:Initializing zero-element")
 def test_empty_layers_and_batches():
     model = nn.Sequential(nn.Linear(3, 0), nn.Linear(0, 2)).double().eval()

@@ -152,6 +152,22 @@ def test_layers_that_compute_something_else_are_left_out(kind):
         survey(model, x, strict=True)
 
 
+@pytest.mark.parametrize("how", ["hook", "pre-hook", "forward"])
+def test_linear_layers_that_are_meddled_with_are_left_out(how):
+    model, x = nn.Sequential(nn.Linear(4, 3), nn.Linear(3, 2)).eval(), torch.randn(5, 4)
+    if how == "hook":
+        model[0].register_forward_hook(lambda m, args, z: z + 1)
+    elif how == "pre-hook":
+        model[0].register_forward_pre_hook(lambda m, args: (args[0] + 1,))
+        # What the hook sees is what the layer gets: it is the linear map of that.
+        assert list(survey(model, x).layers) == ["0", "1"]
+        return
+    else:
+        model[0].forward = lambda x: F.linear(x, model[0].weight) + 1
+    with pytest.warns(UserWarning, match="not the linear map"):
+        assert list(survey(model, x).layers) == ["1"]
+
+
 def test_nan_does_not_make_a_layer_wrong():
     model, x = nn.Sequential(nn.Linear(4, 3), nn.Linear(3, 2)).eval(), torch.randn(5, 4)
     x[1, 2] = float("nan")
