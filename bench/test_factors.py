@@ -32,7 +32,7 @@ import deaddir_fast as dd
 from bench import memory
 
 VOCABULARY, TOKENS, WIDTH = 4096, 128, 384
-ROUNDS = 3
+ROUNDS = 5
 
 
 def _mlp() -> tuple[nn.Module, Tensor, Tensor]:

@@ -213,10 +213,16 @@ class Collector:
         sums = self._of(self.survey.layers[self.closed_head], rows)
         if sums.diagonal is None:
             sums.diagonal = torch.zeros(z.shape[-1], dtype=torch.float64, device=z.device)
-        block = max(1, (1 << 24) // z.shape[-1])
-        for start in range(0, len(rows), block):
-            p = torch.softmax(rows[start : start + block].float(), -1)
-            sums.diagonal += (p - p.square()).sum(0, dtype=torch.float32)
+        # Few enough for the passes over them to stay in cache.
+        for some in rows.split(max(1, (1 << 18) // z.shape[-1])):
+            p = torch.softmax(some if some.dtype == torch.float64 else some.float(), -1)
+            # 1 − p of the likeliest class is the sum of the others: p may be 1 to rounding.
+            top = p.argmax(-1, keepdim=True)
+            largest = p.gather(-1, top)
+            p.scatter_(-1, top, 0.0)
+            variance = largest.mul_(p.sum(-1, keepdim=True))
+            p.addcmul_(p, p, value=-1.0).scatter_(-1, top, variance)
+            sums.diagonal += (p.new_ones(1, len(p)) @ p)[0]
 
     def result(self) -> dict[str, LayerFactors]:
         """Factors of every layer that was used."""

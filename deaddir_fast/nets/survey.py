@@ -103,25 +103,31 @@ def _prints(x: Tensor, n: int) -> dict[str, Tensor | None]:
         "samples": _print(x, n) if x.ndim and x.shape[0] == n else None,
         "flat": _print(x, n) if x.ndim and x.shape[0] != n else None,
         "second": None if second is None else _print(second, n),
-        "shared": _print(x, 1),
+        # Where the samples could lead, their prints tell this too.
+        "shared": _print(x, 1) if x.ndim and x.shape[0] % n else None,
     }
 
 
 def _swapped(first: Tensor | None, other: Tensor | None, eps: float) -> bool:
+    return first is not None and _agree(first.flip(0), other, eps)
+
+
+def _agree(first: Tensor | None, other: Tensor | None, eps: float) -> bool:
     if first is None or other is None or first.shape != other.shape:
         return False
     size = float(first.abs().max())
     apart = (first[:1] - first[1:]).abs().max() if len(first) > 1 else 0.0
-    return bool((first.flip(0) - other).abs().max() <= 0.02 * float(apart) + 64 * eps * size)
+    return bool((first - other).abs().max() <= 0.02 * float(apart) + 64 * eps * size)
 
 
 def _layout(first: _Seen, other: _Seen | None, eps: float) -> str:
     if other is None or 0 in first.shape:
         return "samples"
-    for layout in ("samples", "flat", "second", "shared"):
+    for layout in ("samples", "flat", "second"):
         if _swapped(first.prints[layout], other.prints[layout], eps):
             return layout
-    return "unknown"
+    same = (_agree(first.prints[k], other.prints[k], eps) for k in ("samples", "flat", "shared"))
+    return "shared" if any(same) else "unknown"
 
 
 @dataclass

@@ -7,7 +7,7 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
-from compare import assert_rms, relative_rms
+from compare import assert_rms, max_relative, relative_rms
 from torch import Tensor, nn
 
 import deaddir_fast as dd
@@ -376,7 +376,18 @@ def test_a_large_head_has_a_diagonal():
         found = dd.kron_factors(model, x, fisher=fisher, largest_head=8)["2"]
         p = torch.softmax(model(x).detach(), -1)
         assert found.output_form == "diagonal"
-        assert_rms(found.G, (p * (1 - p)).mean(0), 1e-6)
+        assert_rms(found.G, (p * (1 - p)).mean(0), 1e-14)
+
+
+def test_the_diagonal_of_a_saturated_head_keeps_its_digits():
+    model = nn.Linear(1, 4).eval()
+    with torch.no_grad():
+        model.weight.zero_()
+        model.bias.copy_(torch.tensor([0.0, 40.0, 1.0, -3.0]))
+    found = dd.kron_factors(model, torch.randn(5, 1), fisher="mc", largest_head=3)[""]
+    p = torch.softmax(model.bias.detach().double(), -1)
+    others = torch.stack([torch.cat([p[:k], p[k + 1 :]]).sum() for k in range(4)])
+    assert max_relative(found.G, p * others) < 1e-5
 
 
 def test_layers_that_are_asked_for():
