@@ -18,6 +18,7 @@ from torch.utils import _pytree as pytree
 
 from deaddir_fast.nets.graph import call_plainly
 from deaddir_fast.nets.layers.base import Adapter, Layer, slow_path
+from deaddir_fast.nets.layers.linear import Linear
 from deaddir_fast.nets.uses import Uses, uses_outside
 
 Prints = dict[str, Tensor | None]
@@ -55,6 +56,7 @@ def _print(x: Tensor, n: int) -> Tensor | None:
         return None
     rows = x.detach().reshape(n, -1)
     rows = rows if rows.dtype == torch.float64 else rows.float()
+    rows = torch.nan_to_num(rows, 0.0, 0.0, 0.0)  # padding may hold anything
     # Weights cos(α i) cos(β j) over folded rows: two short tables instead of one as long as x.
     size = rows.shape[1]
     width = min(size, _FOLDED)
