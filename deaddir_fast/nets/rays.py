@@ -269,6 +269,17 @@ def _check_targets(targets: Any, z: Tensor, n: int, likelihood: likelihoods.Like
     return targets.double()
 
 
+@dataclass
+class Recording:
+    """Captures of one model that several calls share; its parameters must stay what they are.
+
+    Attributes:
+        captures: by number of samples, with all parameters exposed.
+    """
+
+    captures: dict[int, graph.Capture] = field(default_factory=dict)
+
+
 class _Rays:
     """One call of :func:`ray_curvature`: the model, its captures and what is read from them."""
 
@@ -278,11 +289,12 @@ class _Rays:
         inputs: Any,
         directions: Directions,
         likelihood: likelihoods.Likelihood,
+        recording: Recording | None,
     ) -> None:
         self.model, self.inputs, self.directions = model, inputs, directions
         self.likelihood = likelihood
-        self.names = tuple(directions.slices)
-        self.captures: dict[int, graph.Capture] = {}
+        self.names = tuple(directions.slices) if recording is None else None
+        self.captures = {} if recording is None else recording.captures
         self.notes: set[str] = set()
         self.checked = False
 
@@ -407,10 +419,12 @@ def read_rays(
     memory_budget: int | None,
     *,
     keep: bool = False,
+    recording: Recording | None = None,
 ) -> tuple[RayCurvature, Tensor | None]:
     """What :func:`ray_curvature` returns and, if asked to ``keep`` it, the curvature per sample.
 
-    The latter is (p, r, n), fp64 on the CPU.
+    The latter is (p, r, n), fp64 on the CPU. Calls for one model and inputs of one kind may share
+    a ``recording``.
     """
     parameters, dtype = _check_model(model, inputs)
     n = graph.batch_size(inputs)
@@ -432,14 +446,14 @@ def read_rays(
     order = rays.order()
     rays = rays if bool((order == torch.arange(rays.count)).all()) else rays.take(order)
     with _full_precision(device):
+        work = _Rays(model, inputs, rays, lik, recording)
         return _read(
-            model, inputs, rays, order, grid, lik, fisher, targets, draws, seed, budget, dtype, keep
+            work, rays, order, grid, lik, fisher, targets, draws, seed, budget, dtype, keep
         )
 
 
 def _read(
-    model: nn.Module,
-    inputs: Any,
+    work: _Rays,
     rays: Directions,
     order: Tensor,
     radii: Tensor,
@@ -452,8 +466,8 @@ def _read(
     dtype: torch.dtype,
     keep: bool,
 ) -> tuple[RayCurvature, Tensor | None]:
+    inputs = work.inputs
     n, p, r = graph.batch_size(inputs), rays.count, len(radii)
-    work = _Rays(model, inputs, rays, lik)
     few = min(n, 2)
     probe = work.capture(graph.slice_batch(inputs, 0, few))
     z = _sample_output(probe)
