@@ -157,7 +157,7 @@ def measure(
             }
         )
     if jets:
-        _add_jets(found, readout, inputs, directions, likelihood, chosen)
+        _add_jets(found, readout, inputs, directions, likelihood, chosen, eps)
     return found
 
 
@@ -194,8 +194,13 @@ def _add_jets(
     directions: dict[str, Tensor],
     likelihood: Likelihood,
     chosen: Sequence[Candidate],
+    eps: float,
 ) -> None:
-    """Taylor orders at t = 0 where the rays left something open, or found an order above one."""
+    """Taylor orders at t = 0 where the rays left something open, or found an order above one.
+
+    A null space is read to rounding only, so coefficients are compared with that of the live
+    direction: what is as small beside it as a flat direction's divergence counts as zero.
+    """
     wanted = [
         k for k, entry in enumerate(found)
         if chosen[k].part != "live" and entry["class"] in ("singular", "unresolved")
@@ -204,10 +209,14 @@ def _add_jets(
         return
     some = {name: u[wanted] for name, u in directions.items()}
     read = ray_orders(readout, inputs, some, likelihood=likelihood)
-    for k, order in zip(wanted, read.orders.tolist(), strict=True):
+    floor = (FLAT * eps) ** 2 * found[-1]["curvature"]
+    for j, (k, order) in enumerate(zip(wanted, read.orders.tolist(), strict=True)):
         entry = found[k]
         if math.isnan(order):
             continue
+        if chosen[k].part == "outputs":
+            seen = (read.energies[:, j] > floor).nonzero()
+            order = float(seen[0]) if len(seen) else math.inf
         entry["jet"] = order
         if entry["order"] is None and math.isinf(order) and chosen[k].part != "nearly dead":
             # Flat near the point; further out a kink, or a term beyond the orders looked at.
