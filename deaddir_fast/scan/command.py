@@ -36,6 +36,7 @@ class Request:
     seed: int
     ray_samples: int
     shards: int | None
+    units: list[int] | None
     device: str | None
     dtype: str | None
     offline: bool
@@ -110,6 +111,7 @@ def run(request: Request, console: Console) -> ScanReport:
             seed=request.seed,
             ray_samples=request.ray_samples,
             shards=request.shards,
+            units=request.units or (),
             strict=request.strict,
             resume=not request.fresh,
             source=loaded.source,

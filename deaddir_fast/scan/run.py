@@ -28,6 +28,7 @@ from deaddir_fast.nets.precision import narrowest
 from deaddir_fast.nets.rays import Recording, check_radii
 from deaddir_fast.nets.survey import Survey, survey
 from deaddir_fast.ops.gram_packed import entries
+from deaddir_fast.reading.freeze import freeze_probe
 from deaddir_fast.scan.batches import Batches
 from deaddir_fast.scan.bound import bound
 from deaddir_fast.scan.candidates import Candidate, candidates, kernel_of_norm
@@ -60,6 +61,7 @@ class _Options:
     shards: int
     largest_spectrum: int
     gauges: bool
+    units: tuple[int, ...]
 
 
 def scan(
@@ -80,6 +82,7 @@ def scan(
     fp64_up_to: int = READ_IN_FP64,
     largest_spectrum: int | None = None,
     gauges: bool | None = None,
+    units: Sequence[int] = (),
     strict: bool = False,
     resume: bool = True,
     progress: bool | None = None,
@@ -111,6 +114,8 @@ def scan(
         largest_spectrum: dimension above which eigenvalues are not computed.
         gauges: whether to search the whole model for symmetries; by default up to two million
             parameters.
+        units: channels whose rates are read as well: their weights scaled by t through all layers,
+            predicted and measured slopes side by side (``dd.freeze_probe``).
         resume: go on with a scan of the same model, data and settings in ``out``; if False, an
             old scan there is removed.
         progress: progress bars on stderr; by default on a terminal only.
@@ -150,6 +155,7 @@ def scan(
             1,
         ),
         size <= GAUGES_UP_TO if gauges is None else gauges,
+        tuple(_check.integer("units", unit, 0) for unit in units),
     )
     with warnings.catch_warnings():
         # What is skipped stands in the report.
@@ -245,6 +251,7 @@ class _Scan:
             "shards": len(self.data.shards(o.shards)),
             "largest_spectrum": o.largest_spectrum,
             "gauges": o.gauges,
+            "units": list(o.units),
         }
 
     def plan(self) -> Plan:
@@ -303,8 +310,10 @@ class _Scan:
                 readings = self._layers(
                     factors, spectra, nulls, store, bars.task("rays", len(names))
                 )
+                probes = self._probes(bars.task("units", len(self.options.units)))
                 known = bound(self.model, self.survey, spectra, nulls, self.symmetries)
         report = self._report(factors, spectra, readings, gauges, known, costs, stage)
+        report["probes"] = probes
         return self._write(store, report, spectra)
 
     # ------------------------------------------------------------------------------ the stages
@@ -457,6 +466,34 @@ class _Scan:
             self.notes.append(f"{name}: no rays: {error}")
             return []
 
+    def _probes(self, advance: Any) -> list[dict[str, Any]]:
+        """Known-t sweeps of the units asked for."""
+        found: list[dict[str, Any]] = []
+        if not self.options.units:
+            return found
+        readout, inputs = self._reading_model()
+        for unit in self.options.units:
+            try:
+                probe = freeze_probe(readout, inputs, unit, likelihood=self.settings.likelihood)
+            except (ValueError, NotImplementedError) as error:
+                self.notes.append(f"unit {unit}: no rates: {error}")
+                continue
+            rows = [
+                {
+                    "layer": layer.name.removeprefix("model."),
+                    "quantity": quantity,
+                    "slope": fit.slope,
+                    "stderr": fit.stderr,
+                    "predicted": float(layer.predicted(quantity)),
+                    "verdict": layer.verdicts[quantity],
+                }
+                for layer in probe.layers
+                for quantity, fit in layer.fits.items()
+            ]
+            found.append({"unit": unit, "rows": rows, "notes": list(probe.notes)})
+            advance(1)
+        return found
+
     # -------------------------------------------------------------------------------- the report
 
     def _report(
@@ -530,6 +567,7 @@ class _Scan:
                 "directions_per_layer": o.directions,
                 "radii": o.radii.tolist(),
                 "ray_samples": o.ray_samples,
+                "gauges": o.gauges,
             },
             "cost": {
                 "seconds": self.seconds,
