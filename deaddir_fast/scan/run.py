@@ -421,7 +421,7 @@ class _Scan:
                 chosen = candidates(
                     self.survey.layers[name],
                     spectra[name],
-                    nulls.get(name),
+                    None if self.survey.sharers(name) else nulls.get(name),
                     self._kernel(name),
                     class_shift=name == self.head,
                     most=self.options.directions,
@@ -526,7 +526,7 @@ class _Scan:
                     self.survey,
                     f,
                     spectra[name],
-                    self.nulls_found.get(name),
+                    None if self.survey.sharers(name) else self.nulls_found.get(name),
                     readings[name],
                     depth,
                     asdict(cost),
