@@ -27,6 +27,7 @@ from deaddir_fast.nets.graph import (
 )
 from deaddir_fast.nets.layers.base import Adapter, Layer
 from deaddir_fast.nets.layers.registry import Skipped
+from deaddir_fast.nets.sharded import whole
 
 
 @dataclass(frozen=True)
@@ -138,7 +139,8 @@ class _Look:
         self.seen[layer.name] = _Seen(len(self.seen), tuple(x.shape), _prints(x, self.n))
         self.outputs = {layer.name: z}
         if self.check:
-            again = layer.recompute(x)
+            with whole(layer.module):
+                again = layer.recompute(x)
             eps = torch.finfo(z.dtype).eps
             if again.shape != z.shape or not bool(
                 torch.isclose(

@@ -1,11 +1,15 @@
 """What a scan has on disk while it runs: enough to go on after a kill at any moment.
 
     scan.json           settings and fingerprints; another model, data or setting is refused
-    state/factors/      sums over the shards done so far, and which they are (one file, replaced)
+    state/factors/N/    sums of layer N, and of those that share its inputs, over the shards done
+                        so far, and which they are (one file, replaced)
     state/layers/N.json what has been read of layer N
     report.json, spectra.safetensors, report.html   at the end
 
-Every file is written beside its place, flushed and renamed: it is whole or not there.
+Every file is written beside its place, flushed and renamed: it is whole or not there. No file
+depends on how many processes there are: each process writes those of its own layers, so a scan may
+go on with fewer or more. A kill between two files of one shard leaves some layers a shard ahead;
+they skip it when it is summed again.
 """
 
 from __future__ import annotations
@@ -118,28 +122,24 @@ class Store:
                 str(self.folder),
             )
 
-    @property
-    def _factors(self) -> Path:
-        return self.folder / "state" / "factors"
+    def _factors(self, index: int) -> Path:
+        return self.folder / "state" / "factors" / str(index)
 
-    def load_factors(self) -> KronFactors | None:
-        """Sums over the shards done so far."""
-        if not (self._factors / "factors.safetensors").exists():
+    def load_factors(self, index: int) -> KronFactors | None:
+        """Sums of layer ``index`` and its followers over the shards done so far."""
+        folder = self._factors(index)
+        if not (folder / "factors.safetensors").exists():
             return None
         try:
-            return KronFactors.load(self._factors)
+            return KronFactors.load(folder)
         except Exception:
             # A file of a crashed machine: the shards are computed again.
-            shutil.rmtree(self._factors, ignore_errors=True)
+            shutil.rmtree(folder, ignore_errors=True)
             return None
 
-    def save_factors(self, factors: KronFactors) -> None:
+    def save_factors(self, index: int, factors: KronFactors) -> None:
         """Replace the sums on disk."""
-        factors.save(self._factors)
-
-    def drop_factors(self) -> None:
-        """Remove the sums; the readings stay."""
-        shutil.rmtree(self._factors, ignore_errors=True)
+        factors.save(self._factors(index))
 
     def load_layer(self, index: int) -> dict[str, Any] | None:
         """What has been read of a layer, or None."""
