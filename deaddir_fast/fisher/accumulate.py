@@ -14,6 +14,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from deaddir_fast.ops._blocks import WORKSPACE, blocks
 from deaddir_fast.ops.gram_packed import entries, gram_packed
 
 #: Rows held back before an update: above this the triangle's traffic is below a tenth of the work.
@@ -32,11 +33,20 @@ class GramSum:
     def __init__(
         self, width: int, dtype: torch.dtype, device: torch.device, held: int = ROWS
     ) -> None:
-        self.width = width
-        self.packed = torch.zeros(entries(width), dtype=dtype, device=device)
-        self.sums = torch.zeros(width, dtype=torch.float64, device=device)
+        self._start((), width, dtype, device, held)
+
+    def _start(
+        self,
+        lead: tuple[int, ...],
+        width: int,
+        dtype: torch.dtype,
+        device: torch.device,
+        held: int,
+    ) -> None:
+        self.lead, self.width, self.held = lead, width, held
+        self.packed = torch.zeros(*lead, entries(width), dtype=dtype, device=device)
+        self.sums = torch.zeros(*lead, width, dtype=torch.float64, device=device)
         self.count = 0
-        self.held = held
         self._buffer: Tensor | None = None
         self._filled = 0
 
@@ -52,7 +62,7 @@ class GramSum:
                 continue
             if self._buffer is None or self._buffer.dtype != rows.dtype:
                 self.flush()
-                self._buffer = rows.new_empty(self.held, self.width)
+                self._buffer = rows.new_empty(self.held, *self.lead, self.width)
             taken = min(len(rows), self.held - self._filled)
             self._buffer[self._filled : self._filled + taken] = rows[:taken]
             self._filled += taken
@@ -85,6 +95,33 @@ class GramSum:
         """Flush and give the buffer's memory back."""
         self.flush()
         self._buffer = None
+
+
+class GroupedSum(GramSum):
+    """The same for each of several groups at once: rows are (m, groups, d).
+
+    One batched product serves all groups (depthwise convolutions have hundreds, a few numbers
+    wide); its squares are formed for as many groups at a time as fit a bounded workspace.
+
+    Attributes:
+        packed: (groups, d (d + 1) / 2).
+        sums: (groups, d), fp64.
+    """
+
+    def __init__(self, groups: int, width: int, dtype: torch.dtype, device: torch.device) -> None:
+        # Held back: as many as fill a bounded buffer.
+        each = groups * width * dtype.itemsize
+        self._start((groups,), width, dtype, device, max(64, min(ROWS, WORKSPACE // each)))
+
+    def _update(self, rows: Tensor) -> None:
+        wide = torch.float64 if rows.dtype == torch.float64 else torch.float32
+        each = (self.width + len(rows)) * self.width * wide.itemsize
+        row, column = torch.tril_indices(self.width, self.width, device=rows.device)
+        for some in blocks(rows.shape[1], each):
+            # (groups, d, m): long rows make the fastest batch of products.
+            x = rows[:, some].permute(1, 2, 0).to(wide).contiguous()
+            self.sums[some] += x.sum(2)
+            self.packed[some] += torch.bmm(x, x.mT)[:, row, column]
 
 
 def unpack(packed: Tensor, width: int) -> Tensor:

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
 
-from deaddir_fast.fisher.accumulate import GramSum
+from deaddir_fast.fisher.accumulate import GramSum, GroupedSum
 from deaddir_fast.fisher.factors import LayerFactors
-from deaddir_fast.nets.layers.base import Layer
+from deaddir_fast.nets.layers.base import Cut, Layer
 from deaddir_fast.nets.layers.embedding import Embedding
 from deaddir_fast.nets.survey import Survey
 
@@ -24,8 +24,8 @@ class NotShared(RuntimeError):
 
 @dataclass
 class _Sums:
-    a: list[GramSum]
-    g: list[GramSum]
+    a: GramSum | None  # none where another layer's is used, or A is no matrix
+    g: GramSum | None  # none where the head's G is a diagonal
     counts: Tensor | None = None  # embeddings
     diagonal: Tensor | None = None  # the head's G
     rows: int = 0
@@ -55,7 +55,9 @@ class Collector:
         self._n = 0
         self._mask: Tensor | None = None
         self._scale = 1.0
-        self._inputs: dict[str, tuple[Tensor, int]] = {}
+        self._inputs: dict[str, tuple[Tensor, int]] = {}  # of leaders, while followers are due
+        self._followers = Counter(survey.leaders.values())
+        self._due = self._followers.copy()
         self._pending: dict[str, Tensor] = {}
         self._averaged: dict[str, tuple[Tensor, int]] = {}
 
@@ -70,36 +72,45 @@ class Collector:
         self._n, self._mask, self._scale = n, mask, scale
         self.samples += n
         self._inputs.clear()
+        self._due = self._followers.copy()
 
     def _of(self, layer: Layer, like: Tensor) -> _Sums:
         if layer.name not in self._sums:
             wide = torch.float64 if like.dtype == torch.float64 else torch.float32
             dtype = self.dtype or wide
-            a: list[GramSum] = []
-            if layer.form == "matrix" and layer.name not in self.survey.leaders:
-                a = [GramSum(layer.inputs, dtype, like.device) for _ in range(layer.groups)]
-            g: list[GramSum] = []
-            if layer.name != self.closed_head:
-                g = [GramSum(layer.outputs, dtype, like.device) for _ in range(layer.groups)]
-            self._sums[layer.name] = _Sums(a, g)
+
+            def start(width: int) -> GramSum:
+                if layer.groups > 1:
+                    return GroupedSum(layer.groups, width, dtype, like.device)
+                return GramSum(width, dtype, like.device)
+
+            own = layer.form == "matrix" and layer.name not in self.survey.leaders
+            self._sums[layer.name] = _Sums(
+                start(layer.inputs) if own else None,
+                start(layer.outputs) if layer.name != self.closed_head else None,
+            )
         return self._sums[layer.name]
 
-    def _kept(self, layer: Layer, rows: Tensor) -> Tensor:
-        """(m, d): the rows that count, of (n, t, d)."""
+    def _kept(self, layer: Layer, rows: Tensor, cut: Cut | None = None) -> Tensor:
+        """(m, ...): the rows that count, of (n, t, ...)."""
         if self._mask is not None:
-            keep = layer.keep(self._mask, rows)
+            keep = layer.keep(self._mask, rows, cut)
             if keep is not None:
                 return rows[keep]
             if rows.shape[1] > 1 and layer.kind != "norm":
-                self.notes[
-                    f"{layer.name}: its rows do not match the mask; rows of padding are counted"
-                ] = None
+                self._padded(layer)
         return rows.flatten(0, 1)
+
+    def _padded(self, layer: Layer) -> None:
+        self.notes[f"{layer.name}: its rows do not match the mask; rows of padding are counted"] = (
+            None
+        )
 
     def on_input(self, layer: Layer, x: Tensor) -> None:
         """Take what a layer receives."""
         n = self._n
         if layer.form == "one":
+            self._of(layer, x)
             return
         if isinstance(layer, Embedding):
             self._count(layer, x)
@@ -112,19 +123,20 @@ class Collector:
                     f"model: {layer.name} and {leader} received one tensor on the first samples "
                     "but not on these; pass share_inputs=False"
                 )
+            self._of(layer, x)
+            self._due[leader] -= 1
+            if not self._due[leader]:
+                del self._inputs[leader]  # not kept alive for longer than needed
             return
-        self._inputs[layer.name] = (x, x._version)
+        if self._followers[layer.name]:
+            self._inputs[layer.name] = (x, x._version)
         if self.kfac == "reduce":
             self._average(layer, x)
             return
-        for piece in layer.pieces(x, n):
-            sums = self._of(layer, piece)
-            if layer.groups > 1:
-                # (n, t, groups, i): the groups have inputs of their own.
-                for k, total in enumerate(sums.a):
-                    total.add(self._kept(layer, piece[:, :, k]))
-                continue
-            sums.a[0].add(self._kept(layer, piece))
+        for piece, cut in layer.pieces(x, n):
+            total = self._of(layer, piece).a
+            assert total is not None
+            total.add(self._kept(layer, piece, cut))
 
     def _count(self, layer: Embedding, x: Tensor) -> None:
         rows = layer.rows(x, self._n)[..., 0]
@@ -136,25 +148,22 @@ class Collector:
         sums.rows += int(rows.numel() if keep is None else keep.sum())
 
     def _average(self, layer: Layer, x: Tensor) -> None:
-        if layer.groups > 1 or layer.routed or layer.layout == "unknown":
+        if layer.routed or layer.layout == "unknown":
             raise ValueError(
                 f"kfac: 'reduce' needs rows that belong to samples, {layer.name} has none"
             )
-        rows = layer.rows(x, self._n)
-        keep = None if self._mask is None else layer.keep(self._mask, rows)
-        if keep is None:
-            mean = rows.mean(1)
-        else:
-            weight = keep.to(rows.dtype)
-            mean = torch.einsum("nti,nt->ni", rows, weight)
-            mean = mean / weight.sum(1, keepdim=True).clamp_min(1)
+        mean, aligned = layer.average(x, self._n, self._mask)
+        if not aligned:
+            self._padded(layer)
         calls = self.survey.calls.get(layer.name, 1)
         total, seen = self._averaged.pop(layer.name, (torch.zeros_like(mean), 0))
         total, seen = total + mean / calls, seen + 1
         if seen < calls:
             self._averaged[layer.name] = (total, seen)
-        else:
-            self._of(layer, total).a[0].add(total)
+            return
+        into = self._of(layer, total).a
+        assert into is not None
+        into.add(total)
 
     def on_gradient(self, layer: Layer, grad: Tensor, x: Tensor | None) -> None:
         """Take the gradient of what a layer returns."""
@@ -169,19 +178,19 @@ class Collector:
                 held = self._pending.get(layer.name)
                 self._pending[layer.name] = g if held is None else held + g
                 return
-            self._of(layer, g).g[0].add(g, self._scale)
+            self._add_gradient(layer, g)
             return
-        sums = self._of(layer, g)
-        if layer.groups > 1:
-            for k, total in enumerate(sums.g):
-                total.add(self._kept(layer, g[:, :, k]), self._scale)
-            return
-        sums.g[0].add(self._kept(layer, g), self._scale)
+        self._add_gradient(layer, self._kept(layer, g))
+
+    def _add_gradient(self, layer: Layer, g: Tensor) -> None:
+        total = self._of(layer, g).g
+        assert total is not None
+        total.add(g, self._scale)
 
     def end_pass(self) -> None:
         """A backward pass is over."""
         for name, g in self._pending.items():
-            self._of(self.survey.layers[name], g).g[0].add(g, self._scale)
+            self._add_gradient(self.survey.layers[name], g)
         self._pending.clear()
 
     def head_diagonal(self, z: Tensor, mask: Tensor | None) -> None:
@@ -204,12 +213,11 @@ class Collector:
         for name, layer in self.survey.layers.items():
             sums = self._sums.get(name)
             if sums is None:
-                if layer.name in self.survey.leaders or self.survey.calls.get(name):
-                    continue
                 self.notes[f"{name}: not used by any of the inputs"] = None
                 continue
-            for total in (*sums.a, *sums.g):
-                total.release()
+            for total in (sums.a, sums.g):
+                if total is not None:
+                    total.release()
             layers[name] = self._factors(layer, sums, layers)
         return layers
 
@@ -223,12 +231,13 @@ class Collector:
         elif layer.form == "one":
             a, ones, rows = empty, empty, self.samples
         else:
-            rows = sums.a[0].count
-            a, ones = _stack([t.packed for t in sums.a]), _stack([t.sums for t in sums.a])
-        if sums.diagonal is not None:
+            assert sums.a is not None
+            a, ones, rows = sums.a.packed, sums.a.sums, sums.a.count
+        if sums.g is None:
+            assert sums.diagonal is not None
             g, form = sums.diagonal, "diagonal"
         else:
-            g, form = _stack([t.packed for t in sums.g]), "matrix"
+            g, form = sums.g.packed, "matrix"
         for what, total in (("inputs", a), ("gradients", g)):
             if not bool(torch.isfinite(total).all()):
                 self.notes[f"{layer.name}: its {what} are not all finite"] = None
@@ -236,7 +245,3 @@ class Collector:
             layer.name, layer.kind, layer.weight, layer.bias, layer.form, form,
             layer.inputs, layer.outputs, layer.groups, a, ones, g, rows, self.samples, leader,
         )  # fmt: skip
-
-
-def _stack(parts: list[Any]) -> Tensor:
-    return parts[0] if len(parts) == 1 else torch.stack(parts)

@@ -163,6 +163,12 @@ class Pass:
         finally:
             self.streams.__enter__()
         for name, layer in layers.items():
+            if name not in again.layers:
+                why = next((s.why for s in again.skipped if s.name == name), "it is not used")
+                raise ValueError(
+                    f"batches: with one sample in the first batch {name} seemed to be a layer, but "
+                    f"{why}; begin with a batch of two samples at least"
+                )
             layer.layout = again.layers[name].layout
         self.laid_out = True
 
@@ -277,9 +283,9 @@ def kron_factors(
 
     A is the mean over samples and tokens of a aᵀ (a layer's inputs, with a trailing 1 where there
     is a bias), G the mean over samples of the sum over tokens of g gᵀ (gradients of log p(y|x) with
-    respect to its outputs), so that A ⊗ G approximates the block of F = E[s sᵀ], exactly where a and
-    g are independent: deep linear networks, and the scale and shift of norms, whose exact block is
-    G with A = 1. Sources: Martens & Grosse 2015; Eschenhagen et al. 2023 for shared weights.
+    respect to its outputs), so that A ⊗ G approximates the block of F = E[s sᵀ], exactly where a
+    and g are independent: deep linear networks, and the scale and shift of norms, whose exact block
+    is G with A = 1. Sources: Martens & Grosse 2015; Eschenhagen et al. 2023 for shared weights.
 
     Cost of a batch with one seed: a forward pass, a backward pass for activations only, and
     n t (i² + o²) FLOP a layer for the triangles of A and G, where an ordinary backward pass spends

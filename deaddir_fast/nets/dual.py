@@ -14,7 +14,7 @@ from typing import Any
 from torch import Tensor, fx
 from torch.utils import _pytree as pytree
 
-from deaddir_fast.nets import dual_rules
+from deaddir_fast.nets import attention, dual_rules
 from deaddir_fast.nets.dual_values import Context, Discrete, Dual, to_dual
 from deaddir_fast.nets.graph import Capture
 from deaddir_fast.nets.weights import Directions, Points, RankOne, Weight, runs
@@ -91,6 +91,15 @@ def _extent(value: Any) -> int:
     return sum(x.numel() * x.element_size() for x in leaves)
 
 
+def _attention_scratch(node: fx.Node) -> int:
+    """Bytes an attention node needs per point beyond its arguments and result; 0 for others."""
+    if node.target is not attention.OPERATION:
+        return 0
+    query, key, value = (x.meta["val"] for x in node.args[:3] if isinstance(x, fx.Node))
+    shape = attention.Shape.of(query, key, value)
+    return attention.scratch_elements(shape, query.device.type) * query.element_size()
+
+
 def working_bytes(capture: Capture, moved: set[str]) -> tuple[int, int]:
     """Estimate the memory of :func:`run` for the captured number of samples.
 
@@ -121,8 +130,11 @@ def working_bytes(capture: Capture, moved: set[str]) -> tuple[int, int]:
                 size = 0
             alive[node] = (per_point, size)
             point, base = point + per_point, base + size
-            worst_point = max(worst_point, point + 3 * per_point)
-            worst_base = max(worst_base, base + size)
+            scratch = _attention_scratch(node)
+            if node in moving:
+                worst_point = max(worst_point, point + (scratch or 3 * per_point))
+                scratch = 0
+            worst_base = max(worst_base, base + size + scratch)
         for dead in capture.last_use[node]:
             gone = alive.pop(dead, (0, 0))
             point, base = point - gone[0], base - gone[1]

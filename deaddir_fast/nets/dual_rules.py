@@ -8,12 +8,19 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
-from deaddir_fast.nets import dual_linear, dual_piecewise, dual_products, dual_smooth
+from deaddir_fast.nets import (
+    dual_attention,
+    dual_linear,
+    dual_piecewise,
+    dual_products,
+    dual_smooth,
+)
 from deaddir_fast.nets.dual_registry import RULES, at_base, aten, moving
 from deaddir_fast.nets.dual_values import Context, Discrete, Dual, Value, discrete, to_dual
 from deaddir_fast.nets.weights import Weight
 
-FAMILIES = (dual_linear, dual_piecewise, dual_products, dual_smooth)  # importing fills the table
+# importing fills the table
+FAMILIES = (dual_attention, dual_linear, dual_piecewise, dual_products, dual_smooth)
 
 
 def fallback(ctx: Context, op: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:

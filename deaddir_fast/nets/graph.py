@@ -9,7 +9,7 @@ operations are decomposed into few primitives, and parameters appear as placehol
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from functools import cache
 from typing import Any
@@ -23,6 +23,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils import _pytree as pytree
 
 from deaddir_fast import _check
+from deaddir_fast.nets.attention import whole_attention
 
 aten = torch.ops.aten
 
@@ -194,6 +195,20 @@ def readable_attention() -> Iterator[None]:
         yield
 
 
+@contextmanager
+def _recorded() -> Iterator[None]:
+    """``torch.compiler.is_compiling()`` is true: models that ask read no values of tensors.
+
+    Hugging Face models otherwise look into their masks for a faster kernel.
+    """
+    before = torch.compiler._is_compiling_flag
+    torch.compiler._is_compiling_flag = True
+    try:
+        yield
+    finally:
+        torch.compiler._is_compiling_flag = before
+
+
 def check_deterministic(model: nn.Module) -> None:
     """Refuse a model whose output is random or depends on the batch it is in.
 
@@ -202,6 +217,8 @@ def check_deterministic(model: nn.Module) -> None:
     """
     for name, module in model.named_modules():
         random = isinstance(module, nn.modules.dropout._DropoutNd) and module.p > 0
+        if isinstance(module, (nn.MultiheadAttention, nn.RNNBase)):
+            random = module.dropout > 0
         batch = isinstance(module, nn.modules.batchnorm._BatchNorm)
         if module.training and (random or batch):
             kind = type(module).__name__
@@ -245,7 +262,13 @@ def _last_uses(graph: fx.Graph) -> dict[fx.Node, tuple[fx.Node, ...]]:
     return dead
 
 
-def capture(model: nn.Module, inputs: Any, *, names: Sequence[str] | None = None) -> Capture:
+def capture(
+    model: nn.Module,
+    inputs: Any,
+    *,
+    names: Sequence[str] | None = None,
+    keep_attention: bool = False,
+) -> Capture:
     """Trace ``model`` on ``inputs`` with the named parameters as placeholders.
 
     Args:
@@ -254,6 +277,8 @@ def capture(model: nn.Module, inputs: Any, *, names: Sequence[str] | None = None
             leads everywhere.
         names: parameters to expose; all of ``model.named_parameters()`` by default. The others
             are constants of the graph.
+        keep_attention: record ``F.scaled_dot_product_attention`` as one ``deaddir::attention``
+            (:mod:`deaddir_fast.nets.attention`) rather than as matrix products and softmax.
 
     Raises:
         ValueError: for an unknown parameter name, a model in training mode with dropout or batch
@@ -275,11 +300,12 @@ def capture(model: nn.Module, inputs: Any, *, names: Sequence[str] | None = None
         for slot, x in zip(slots, tensors, strict=True):
             filled[slot] = x
         state = dict(zip(chosen, values, strict=True))
-        return call_model(model, state, pytree.tree_unflatten(filled, spec))
+        with whole_attention() if keep_attention else nullcontext():
+            return call_model(model, state, pytree.tree_unflatten(filled, spec))
 
     example = (list(chosen.values()), [leaves[i].detach() for i in slots])
     try:
-        with torch.no_grad(), readable_attention():
+        with torch.no_grad(), readable_attention(), _recorded():
             module = make_fx(functionalize(forward), decomposition_table=_decompositions())(
                 *example
             )

@@ -21,6 +21,7 @@ from torch.utils import _pytree as pytree
 from deaddir_fast import _check
 from deaddir_fast.nets import dual, graph
 from deaddir_fast.nets import likelihood as likelihoods
+from deaddir_fast.nets.attention import whole_attention
 from deaddir_fast.nets.weights import Directions, Points, RankOne, check_directions, weight_bytes
 
 KINDS = ("exact", "mc", "empirical")
@@ -286,11 +287,13 @@ class _Rays:
         """The forward for this many samples, recorded on these if it is not yet."""
         size = graph.batch_size(samples)
         if size not in self.captures:
-            self.captures[size] = graph.capture(self.model, samples, names=self.names)
+            self.captures[size] = graph.capture(
+                self.model, samples, names=self.names, keep_attention=True
+            )
         return self.captures[size]
 
     def _direct(self, parameters: dict[str, Tensor], samples: Any) -> Tensor:
-        with graph.readable_attention():
+        with graph.readable_attention(), whole_attention():  # no (T, T) matrix here either
             return graph.call_model(self.model, parameters, samples)
 
     @staticmethod

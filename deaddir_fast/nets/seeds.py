@@ -59,7 +59,7 @@ def _columns(z: Tensor, likelihood: Likelihood) -> Iterator[Tensor]:
             column[:, j + 1 :] = -p[:, j + 1 :]
             yield (column * size.unsqueeze(1)).to(z.dtype)
         return
-    _, transpose = torch.func.vjp(lambda d: likelihood.whiten(wide, d), torch.zeros_like(wide))
+    transpose = torch.func.vjp(lambda d: likelihood.whiten(wide, d), torch.zeros_like(wide))[1]
     for j in range(c):
         unit = torch.zeros_like(wide)
         unit[:, j] = 1

@@ -75,13 +75,14 @@ def whole(module: nn.Module) -> Iterator[None]:
     if not is_sharded(module):
         yield
         return
-    undo: list[tuple[dict[str, Any], dict[str, Any]]] = []
+    undo: list[tuple[Any, dict[Any, Any]]] = []
     for part in module.modules():
         undo.append((part._parameters, dict(part._parameters)))
         for name, p in part._parameters.items():
             if p is not None and spread(p):
                 part._parameters[name] = nn.Parameter(full(p), requires_grad=False)
-        for table in (part._forward_pre_hooks, part._forward_hooks):
+        tables: tuple[Any, Any] = (part._forward_pre_hooks, part._forward_hooks)
+        for table in tables:
             undo.append((table, dict(table)))
             for key, hook in list(table.items()):
                 if _of_torch(hook):

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from deaddir_fast.nets.graph import call_plainly
-from deaddir_fast.nets.layers.base import Layer
+from deaddir_fast.nets.layers.base import Layer, slow_path
 from deaddir_fast.nets.precision import ieee
 from deaddir_fast.nets.survey import Survey
 
@@ -35,7 +35,7 @@ class _Tap(torch.autograd.Function):
         return z.detach()
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, None, None]:  # type: ignore[override]
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, None, None]:
         ctx.sink(grad)
         return (grad if ctx.through else None), None, None
 
@@ -79,8 +79,9 @@ class Streams:
             p.requires_grad_(False)
         # Key and value caches of language models would be built for nothing.
         config = getattr(self.model, "config", None)
-        if getattr(config, "use_cache", None):
+        if config is not None and getattr(config, "use_cache", None):
             self._cache, config.use_cache = config, False
+        self._undo.append(slow_path())
         try:
             for adapter in self.survey.adapters:
                 self._undo.append(adapter.attach(self._tap))
@@ -110,19 +111,22 @@ class Streams:
         version = x._version
         sink_of = self.on_gradient
 
+        at, routes = 0, (layer.owners, layer.sources)
+
         def sink(grad: Tensor) -> None:
             if kept is not None and kept._version != version:
                 raise RuntimeError(
                     f"{layer.name}: its input was changed in place after it was used; the model "
                     "would have to copy it first"
                 )
+            if layer.routed:
+                layer.owners, layer.sources = routes  # those of this use
             with torch.no_grad():
-                sink_of(layer, grad, kept)
+                sink_of(layer, grad.movedim(at, 0) if at else grad, kept)
 
-        if layer.layout == "shared" and z.shape[:1] != (self.samples,):
-            # One row for all samples: their gradients would arrive summed.
-            z = z if z.shape[0] == 1 and z.ndim > 2 else z.unsqueeze(0)
-            z = z.expand(self.samples, *z.shape[1:])
+        if layer.layout == "shared":
+            # One output for all samples: their gradients would arrive summed.
+            z, at = layer.spread(z, self.samples)
         return _Tap.apply(z, self._anchor, sink)
 
     def forward(self, inputs: Any, samples: int) -> Tensor:

@@ -1,33 +1,22 @@
-"""A first look at a model: which layers it has, in which order, and how their tensors are laid out.
-
-Two samples go through the model twice, the second time in the other order. What changes places with
-them tells where the samples are in each layer's tensors, so that nothing is assumed about batch
-dimensions. (Our choice.)
-"""
+"""A first look at a model: its layers, their order, and how their tensors are laid out."""
 
 from __future__ import annotations
 
 import fnmatch
 import warnings
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, nn
-from torch.utils import _pytree as pytree
+from torch import nn
 
 from deaddir_fast import _check
 from deaddir_fast.nets import layers as families
-from deaddir_fast.nets.graph import (
-    batch_size,
-    call_plainly,
-    check_deterministic,
-    slice_batch,
-)
+from deaddir_fast.nets.graph import batch_size, check_deterministic, slice_batch
 from deaddir_fast.nets.layers.base import Adapter, Layer
 from deaddir_fast.nets.layers.registry import Skipped
-from deaddir_fast.nets.sharded import whole
+from deaddir_fast.nets.look import Seen, look_at
 
 
 @dataclass(frozen=True)
@@ -57,98 +46,6 @@ class Survey:
     tokens: dict[str, int]
     skipped: tuple[Skipped, ...]
     samples: int
-
-
-@dataclass
-class _Seen:
-    """Prints of one layer's inputs under each reading of their layout."""
-
-    order: int
-    shape: tuple[int, ...]
-    prints: dict[str, Tensor | None]
-    calls: int = 1
-
-
-def _print(x: Tensor, n: int) -> Tensor | None:
-    """(n, 2) numbers that tell samples apart if they lead in x."""
-    if x.ndim == 0 or x.shape[0] % n or x.numel() == 0:
-        return None
-    rows = x.detach().reshape(n, -1).double()
-    angle = torch.arange(rows.shape[1], device=x.device, dtype=torch.float64)
-    # Irrational steps, so that no permutation of features has the same print.
-    return torch.stack([rows @ torch.cos(angle * 1.6180339887), rows.norm(dim=1)], 1).cpu()
-
-
-def _prints(x: Tensor, n: int) -> dict[str, Tensor | None]:
-    second = x.transpose(0, 1) if x.ndim >= 2 and x.shape[1] == n else None
-    return {
-        "samples": _print(x, n) if x.ndim and x.shape[0] == n else None,
-        "flat": _print(x, n) if x.ndim and x.shape[0] != n else None,
-        "second": None if second is None else _print(second, n),
-        "shared": _print(x, 1),
-    }
-
-
-def _swapped(first: Tensor | None, other: Tensor | None, eps: float) -> bool:
-    if first is None or other is None or first.shape != other.shape:
-        return False
-    size = float(first.abs().max())
-    apart = (first[:1] - first[1:]).abs().max() if len(first) > 1 else 0.0
-    return bool((first.flip(0) - other).abs().max() <= 0.02 * float(apart) + 64 * eps * size)
-
-
-def _layout(first: _Seen, other: _Seen | None, eps: float) -> str:
-    if other is None:
-        return "samples"
-    for layout in ("samples", "flat", "second", "shared"):
-        if _swapped(first.prints[layout], other.prints[layout], eps):
-            return layout
-    return "unknown"
-
-
-@dataclass
-class _Look:
-    """The taps of one pass."""
-
-    n: int
-    check: bool
-    seen: dict[str, _Seen] = field(default_factory=dict)
-    leaders: dict[str, str] = field(default_factory=dict)
-    fed_by: dict[str, str] = field(default_factory=dict)
-    normed: list[tuple[str, Tensor, int]] = field(default_factory=list)
-    wrong: dict[str, str] = field(default_factory=dict)
-    outputs: dict[str, Tensor] = field(default_factory=dict)
-    last: list[tuple[str, Tensor, int]] = field(default_factory=list)
-
-    def __call__(self, layer: Layer, x: Tensor, z: Tensor) -> Tensor:
-        if layer.name in self.seen:
-            self.seen[layer.name].calls += 1
-            self.leaders.pop(layer.name, None)
-            self.fed_by.pop(layer.name, None)
-            return z
-        for name, tensor, version in self.last:
-            if tensor is x and x._version == version and layer.form == "matrix":
-                self.leaders[layer.name] = name
-        if layer.form == "matrix" and layer.name not in self.leaders:
-            self.last = [*self.last[-3:], (layer.name, x, x._version)]
-        for name, tensor, version in self.normed:
-            if tensor is x and x._version == version:
-                self.fed_by[layer.name] = name
-        if layer.kind == "norm":
-            self.normed.append((layer.name, z, z._version))
-        self.seen[layer.name] = _Seen(len(self.seen), tuple(x.shape), _prints(x, self.n))
-        self.outputs = {layer.name: z}
-        if self.check:
-            with whole(layer.module):
-                again = layer.recompute(x)
-            eps = torch.finfo(z.dtype).eps
-            if again.shape != z.shape or not bool(
-                torch.isclose(
-                    again, z, rtol=0, atol=256 * eps * float(z.abs().max()) + 1e-30, equal_nan=True
-                ).all()
-            ):
-                self.wrong[layer.name] = "its output is not the linear map of its input"
-        return z
 
 
 def _chosen(names: Sequence[str], layers: Sequence[str] | None) -> set[str]:
@@ -193,27 +90,28 @@ def survey(
     if n == 0:
         raise _check.fail("inputs", inputs, "at least one sample")
     few = slice_batch(inputs, 0, n)
-    first, head = _look(model, found, few, n, check=True)
-    other = None
-    if n == 2:
-        turned = _flip(few)
-        other, _ = _look(model, found, turned, n, check=False)
+    eps = max(torch.finfo(p.dtype).eps for p in model.parameters() if p.is_floating_point())
+    first, layouts = look_at(model, found, few, n, eps)
+    seen = first.seen
     everything = {layer.name: layer for a in found.values() for layer in a.layers}
     wrong = first.wrong
+    for name, layer in everything.items():
+        for parameter in (layer.weight, layer.bias):
+            if first.uses is not None and parameter in first.uses.found:
+                use = first.uses.found[parameter]
+                wrong.setdefault(name, f"its {parameter} is also used outside of it, by {use}")
     ordered = sorted(
         (name for name in names if name in wanted and name not in wrong),
-        key=lambda name: first.seen[name].order if name in first.seen else len(first.seen),
+        key=lambda name: seen[name].order if name in seen else len(seen),
     )
-    eps = max(torch.finfo(p.dtype).eps for p in model.parameters() if p.is_floating_point())
-    tokens: dict[str, int] = {}
     for name in ordered:
-        layer, seen = everything[name], first.seen.get(name)
-        layer.layout = "samples"
-        if seen is not None and not layer.routed:
-            layer.layout = _layout(seen, None if other is None else other.seen.get(name), eps)
-        tokens[name] = layer.tokens(seen.shape, n) if seen is not None else 0
-        if layer.kind == "norm" and layer.layout == "unknown":
-            wrong[name] = "which rows of it belong to which sample is not known"
+        # Of a module that these samples do not use nothing is known.
+        everything[name].layout = layouts.get(name, "unknown")
+    _same_for_all_experts([everything[name] for name in ordered], seen)
+    for name in ordered:
+        why = _why_not(everything[name], name in seen)
+        if why is not None:
+            wrong[name] = why
     ordered = [name for name in ordered if name not in wrong]
     for name, why in wrong.items():
         layer = everything[name]
@@ -221,6 +119,7 @@ def survey(
             skipped.append(Skipped(name, type(layer.module).__name__, layer.parameters, why))
     _report(skipped, strict, layers)
     kept = set(ordered)
+    alone = {f: by for f, by in first.leaders.items() if seen[f].calls == seen[by].calls == 1}
     by_weight: dict[str, str] = {}
     tied = {}
     for name in ordered:
@@ -230,12 +129,15 @@ def survey(
     return Survey(
         tuple(a for a in found.values() if any(layer.name in kept for layer in a.layers)),
         {name: everything[name] for name in ordered},
-        _usable(first.leaders, everything, kept),
+        _usable(alone, everything, kept),
         {k: v for k, v in first.fed_by.items() if k in kept},
         tied,
-        head if head in kept else None,
-        {name: first.seen[name].calls if name in first.seen else 0 for name in ordered},
-        tokens,
+        first.head if first.head in kept else None,
+        {name: seen[name].calls if name in seen else 0 for name in ordered},
+        {
+            name: everything[name].tokens(seen[name].shape, n) if name in seen else 0
+            for name in ordered
+        },
         tuple(skipped),
         n,
     )
@@ -266,20 +168,26 @@ def _report(skipped: Sequence[Skipped], strict: bool, layers: Sequence[str] | No
     warnings.warn(message, UserWarning, stacklevel=4)
 
 
-def _flip(inputs: Any) -> Any:
-    return pytree.tree_map(lambda x: x.flip(0) if isinstance(x, Tensor) else x, inputs)
+def _why_not(layer: Layer, used: bool) -> str | None:
+    """Why a layer is left out, if it is."""
+    if layer.misused is not None:
+        return layer.misused
+    if layer.layout == "mixed":
+        return "some of its uses have one row for all samples and others do not"
+    if layer.kind == "norm" and not used:
+        return "it is not used by the first two samples"
+    if layer.kind == "norm" and layer.layout == "unknown":
+        return "which rows of it belong to which sample is not known"
+    return None
 
 
-def _look(
-    model: nn.Module, found: dict[str, Adapter], inputs: Any, n: int, *, check: bool
-) -> tuple[_Look, str | None]:
-    look = _Look(n, check)
-    undo = [adapter.attach(look) for adapter in found.values()]
-    try:
-        with torch.no_grad():
-            z = call_plainly(model, inputs)
-    finally:
-        for stop in reversed(undo):
-            stop()
-    head = next((name for name, out in look.outputs.items() if out is z), None)
-    return look, head
+def _same_for_all_experts(layers: Sequence[Layer], seen: Mapping[str, Seen]) -> None:
+    """Experts of one module get rows of one tensor, whether or not any came on these samples."""
+    known = {
+        layer.module: layer.layout
+        for layer in layers
+        if layer.routed and layer.name in seen and layer.layout in ("samples", "flat")
+    }
+    for layer in layers:
+        if layer.routed:
+            layer.layout = known.get(layer.module, "unknown")

@@ -100,7 +100,7 @@ def run(request: Request, console: Console) -> ScanReport:
         warnings.simplefilter("ignore" if not request.strict else "default", UserWarning)
         report = scan(
             loaded.model,
-            on_device(data, torch.device(device)),
+            OnDevice(data, torch.device(device)),
             out=request.out,
             likelihood=request.likelihood or loaded.likelihood,
             fisher=request.fisher,
@@ -119,7 +119,7 @@ def run(request: Request, console: Console) -> ScanReport:
     return report
 
 
-class on_device:  # noqa: N801 # reads as a function
+class OnDevice:
     """Data whose batches are moved to a device."""
 
     def __init__(self, data: Any, device: torch.device) -> None:

@@ -46,8 +46,14 @@ class Findings:
     peak: int
 
 
-def gather(ranks: Ranks, found: Findings, survey: Survey) -> Findings | None:
+def gather(ranks: Ranks, found: Findings, survey: Survey, *, bases: bool) -> Findings | None:
     """The findings of all processes on the first one, None on the others.
+
+    Args:
+        ranks: the processes.
+        found: by this one.
+        survey: of the model.
+        bases: whether the null spaces of A are needed themselves, not their dimensions alone.
 
     Raises:
         RankError: another process failed.
@@ -61,7 +67,14 @@ def gather(ranks: Ranks, found: Findings, survey: Survey) -> Findings | None:
             for n, both in found.spectra.items()
         },
         "nulls": {
-            n: [[x.count(True), x.count(False), x.dimension, x.checked] for x in both]
+            n: [
+                {
+                    "parts": [_described(x.always), _described(x.here)],
+                    "dimension": x.dimension,
+                    "checked": x.checked,
+                }
+                for x in both
+            ]
             for n, both in found.nulls.items()
         },
         "readings": found.readings,
@@ -76,6 +89,10 @@ def gather(ranks: Ranks, found: Findings, survey: Survey) -> Findings | None:
         for both in found.spectra.values():
             for s in both:
                 ranks.send(s.values, 0).wait()
+        for null, _ in found.nulls.values() if bases else ():
+            for part in (null.always, null.here):
+                if part.numel():
+                    ranks.send(part, 0).wait()
         return None
     layers = dict(found.factors)
     spectra, nulls, readings = dict(found.spectra), dict(found.nulls), dict(found.readings)
@@ -84,13 +101,15 @@ def gather(ranks: Ranks, found: Findings, survey: Survey) -> Findings | None:
         if source == ranks.rank:
             continue
         for name, plain in said["layers"].items():
-            empty = {k: torch.zeros(0, dtype=torch.float64) for k in _SUMS}
+            empty: dict[str, Any] = {k: torch.zeros(0, dtype=torch.float64) for k in _SUMS}
             layers[name] = LayerFactors(**plain, **empty)
         for name, both in said["spectra"].items():
             a, g = (_spectrum(numbers, ranks, source) for numbers in both)
             spectra[name] = (a, g)
         for name, both in said["nulls"].items():
-            a_null, g_null = (_null(*x) for x in both)
+            a_null, g_null = (_null(x) for x in both)
+            if bases:
+                a_null = _with_basis(a_null, both[0], ranks, source)
             nulls[name] = (a_null, g_null)
         readings.update(said["readings"])
         notes.update({int(k): v for k, v in said["notes"].items()})
@@ -114,10 +133,27 @@ def gather(ranks: Ranks, found: Findings, survey: Survey) -> Findings | None:
 def _spectrum(numbers: dict[str, Any], ranks: Ranks, source: int) -> Spectrum:
     shape = (numbers["dimension"],)
     values = ranks.receive(shape, torch.float64, torch.device("cpu"), source)
-    empty: dict[str, Tensor] = {k: torch.zeros(0, dtype=torch.float64) for k in _VECTORS}
+    empty: dict[str, Any] = {k: torch.zeros(0, dtype=torch.float64) for k in _VECTORS}
     return Spectrum(**numbers, values=values, **empty)
 
 
-def _null(always: int, here: int, dimension: int, checked: bool) -> Null:
-    # Only the dimensions of its parts are asked for.
-    return Null(torch.zeros(0, always), torch.zeros(0, here), dimension, checked)
+def _described(x: Tensor) -> tuple[list[int], str]:
+    return list(x.shape), str(x.dtype).removeprefix("torch.")
+
+
+def _null(told: dict[str, Any]) -> Null:
+    # Of its parts only the dimensions: no numbers.
+    always, here = (torch.zeros(0, shape[-1]) for shape, _ in told["parts"])
+    return Null(always, here, told["dimension"], told["checked"])
+
+
+def _with_basis(null: Null, told: dict[str, Any], ranks: Ranks, source: int) -> Null:
+    parts = []
+    for shape, kind in told["parts"]:
+        size, dtype = tuple(shape), getattr(torch, kind)
+        cpu = torch.device("cpu")
+        empty = not torch.Size(size).numel()
+        parts.append(
+            torch.zeros(size, dtype=dtype) if empty else ranks.receive(size, dtype, cpu, source)
+        )
+    return replace(null, always=parts[0], here=parts[1])

@@ -26,7 +26,7 @@ from deaddir_fast.nets.sharded import full, is_sharded
 from deaddir_fast.scan import checkpoint, reference
 from deaddir_fast.scan.checkpoint import Checkpoint
 from deaddir_fast.scan.encoders import HiddenStates, SentenceEmbedding
-from deaddir_fast.scan.masks import traceable_sdpa
+from deaddir_fast.scan.masks import keep_masks_in_traces
 
 
 @dataclass(frozen=True)
@@ -169,6 +169,7 @@ def _quiet(transformers: Any) -> Iterator[None]:
 def _pretrained(found: Checkpoint, dtype: torch.dtype | None) -> tuple[nn.Module, list[str]]:
     """The model of the architecture that config.json names, on the CPU."""
     transformers = _transformers()
+    keep_masks_in_traces()
     notes: list[str] = []
     loader, _ = checkpoint.head(found.config)
     config = transformers.AutoConfig.from_pretrained(
@@ -178,7 +179,7 @@ def _pretrained(found: Checkpoint, dtype: torch.dtype | None) -> tuple[nn.Module
     version = tuple(int(part) for part in transformers.__version__.split(".")[:2])
     options: dict[str, Any] = {
         "config": config,
-        "attn_implementation": traceable_sdpa(),
+        "attn_implementation": "sdpa",
         "local_files_only": True,
         "output_loading_info": True,
         "trust_remote_code": False,

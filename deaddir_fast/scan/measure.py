@@ -124,7 +124,7 @@ def measure(
         elif c.part == "live":
             order, interval, verdict = _live(seen, k)
         else:
-            order, verdict = verdicts[k]
+            order, verdict = verdicts[k] or (None, "")
             interval = None
         kind = _kind(c, order)
         found.append(

@@ -84,15 +84,13 @@ class _Projected:
     """Σ of made-up rows projected onto a null space, and their whole energy."""
 
     basis: Tensor
+    precision: torch.dtype
     energy: float = 0.0
     rows: int = 0
     gram: Tensor | None = None
-    precision: torch.dtype = torch.float64
 
     def add(self, rows: Tensor) -> None:
         wide = rows.to(torch.float64)
-        if rows.dtype != torch.float64:
-            self.precision = rows.dtype
         inside = wide @ self.basis.to(wide.device)
         gram = inside.mT @ inside
         self.gram = gram if self.gram is None else self.gram + gram
@@ -115,6 +113,7 @@ def split_nulls(
     spectra: Mapping[str, tuple[Spectrum, Spectrum]],
     batches: Iterable[Any],
     settings: Settings,
+    precision: torch.dtype,
 ) -> dict[str, tuple[Null, Null]]:
     """Split the null spaces of A and G of every layer.
 
@@ -123,6 +122,7 @@ def split_nulls(
         spectra: (A, G) of each layer, with eigenvectors.
         batches: made-up inputs.
         settings: of the factors; one draw of labels is used.
+        precision: what the activations are good to.
 
     Returns:
         (null space of A, null space of G) for each layer whose factors are matrices.
@@ -134,9 +134,9 @@ def split_nulls(
         if layer.groups > 1:
             continue
         if a.form == "matrix" and a.null.shape[1]:
-            inputs[name] = _Projected(a.null)
+            inputs[name] = _Projected(a.null, precision)
         if g.form == "matrix" and g.null.shape[1]:
-            outputs[name] = _Projected(g.null)
+            outputs[name] = _Projected(g.null, precision)
     # All processes of a sharded model must run it, whichever layers are theirs.
     if inputs or outputs or is_sharded(model):
         _run(model, survey, inputs, outputs, batches, settings)
@@ -177,7 +177,7 @@ def _run(
         projected = inputs.get(layer.name)
         if projected is None:
             return
-        for piece in layer.pieces(x, n):
+        for piece, _ in layer.pieces(x, n):
             rows = piece.flatten(0, 1)
             if layer.bias is not None:
                 rows = torch.cat([rows, rows.new_ones(len(rows), 1)], 1)

@@ -24,11 +24,13 @@ from deaddir_fast.fisher.kron import MOST_PASSES, Settings, check_settings, desc
 from deaddir_fast.nets import likelihood as likelihoods
 from deaddir_fast.nets import seeds
 from deaddir_fast.nets.graph import call_plainly, slice_batch
+from deaddir_fast.nets.precision import narrowest
 from deaddir_fast.nets.rays import check_radii
 from deaddir_fast.nets.sharded import check_kind, gathered, is_sharded
 from deaddir_fast.nets.survey import Survey, survey
 from deaddir_fast.ops.gram_packed import entries
 from deaddir_fast.scan.batches import Batches
+from deaddir_fast.scan.bound import bound
 from deaddir_fast.scan.candidates import Candidate, candidates, kernel_of_norm
 from deaddir_fast.scan.dealing import shares
 from deaddir_fast.scan.factors import FactorStage, out_of_memory
@@ -224,6 +226,11 @@ class _Scan:
         self.seconds: dict[str, float] = {}
         self.notes: list[str] = []
         self.layer_notes: dict[int, list[str]] = {}
+        #: What the activations are good to: some models cast to fp32 on their way.
+        self.precision = narrowest(model, slice_batch(data[0].inputs, 0, 1), self.dtype)
+        if self.precision != self.dtype:
+            name = str(self.precision).removeprefix("torch.")
+            self.notes.append(f"the model computes partly in {name}, whatever its parameters are")
         self.head = self._head()
         self.readout: Readout | None = None
         self.ray_inputs: Any = None
@@ -320,7 +327,7 @@ class _Scan:
                 factors, spectra, nulls, readings, self.layer_notes, dict(stage.seconds),
                 stage.halved, stage.chunk, _peak(self.device),
             )  # fmt: skip
-            found = gather(ranks, mine, self.survey)
+            found = gather(ranks, mine, self.survey, bases=self.options.gauges)
         if found is not None:
             if found.halved:
                 self.notes.insert(
@@ -328,8 +335,8 @@ class _Scan:
                 )
             self.notes += stage.notes
             self.notes += [note for _, some in sorted(found.notes.items()) for note in some]
-            bound = self._bound(found.spectra, found.nulls, found.readings, gauges)
-            report = self._report(found, gauges, bound, costs)
+            known = bound(self.model, self.survey, found.spectra, found.nulls, self.symmetries)
+            report = self._report(found, gauges, known, costs)
             self._write(store, report, found.spectra)
         ranks.barrier()
         return ScanReport.read(self.out)
@@ -363,7 +370,7 @@ class _Scan:
         if form == "matrix" and width > self.options.largest_spectrum:
             return Spectrum.skipped(width, limit)
         matrix = (f.A if which == "A" else f.G).to(self.device)
-        relative = rounding(self.dtype, sums, width)
+        relative = rounding(self.precision, sums, width)
         try:
             return spectrum(matrix, relative=relative, limit=limit * layer.groups, form=form)
         except Exception as error:
@@ -376,7 +383,7 @@ class _Scan:
         most = max(1, min(len(self.data), 4))
         made_up = [made_up_like(self.data[i].inputs, self.survey, generator) for i in range(most)]
         once = replace(self.settings, fisher="mc", draws=1)
-        return split_nulls(self.model, self.survey, spectra, made_up, once)
+        return split_nulls(self.model, self.survey, spectra, made_up, once, self.precision)
 
     def _gauges(self) -> list[dict[str, Any]]:
         if not self.options.gauges or self.sharded:
@@ -483,50 +490,13 @@ class _Scan:
                 chosen,
                 self.options.radii,
                 self.settings.likelihood,
-                eps=torch.finfo(self.dtype).eps,
+                eps=torch.finfo(self.precision).eps,
                 factors=(f.A, f.G),
-                jets=self.dtype == torch.float64,
+                jets=self.precision == torch.float64,
             )
         except (ValueError, NotImplementedError) as error:
             notes.append(f"{name}: no rays: {error}")
             return []
-
-    # ---------------------------------------------------------------------------- the bound on λ
-
-    def _bound(
-        self,
-        spectra: dict[str, tuple[Spectrum, Spectrum]],
-        nulls: dict[str, tuple[Null, Null]],
-        readings: dict[str, list[dict[str, Any]]],
-        gauges: list[dict[str, Any]],
-    ) -> dict[str, Any]:
-        """λ ≤ (d − f) / 2 for f dimensions along which K stays zero together.
-
-        Parts of W with A w = 0 leave every activation on the data as it is, so they are flat in
-        all layers at once. They hold for the data given; where samples limit the rank, more data
-        would raise the bound, so they are not counted.
-        """
-        d = sum(p.numel() for p in self.model.parameters())
-        flat = 0
-        seen: set[str] = set()
-        for name, (a, _) in spectra.items():
-            layer = self.survey.layers[name]
-            if layer.weight in seen or a.form == "one" or layer.groups > 1:
-                continue
-            seen.add(layer.weight)
-            if name in self.survey.tied or a.rank >= a.rank_limit:
-                continue
-            flat += a.dead * layer.outputs
-        upper = (d - flat) / 2
-        exact = [g.rank for n, (_, g) in spectra.items() if self.survey.layers[n].kind == "norm"]
-        lower = max(exact, default=0) / 2
-        return {
-            "lower": lower,
-            "upper": upper,
-            "flat": flat,
-            "verdict": "unresolved: bounds only (λ ≤ half the parameters that are not proven flat; "
-            "λ ≥ half the rank of the largest block known exactly)",
-        }
 
     # -------------------------------------------------------------------------------- the report
 
@@ -534,7 +504,7 @@ class _Scan:
         self,
         found: Findings,
         gauges: list[dict[str, Any]],
-        bound: dict[str, Any],
+        known: dict[str, Any],
         costs: Plan,
     ) -> dict[str, Any]:
         from deaddir_fast.scan.layer_report import layer_report, totals
@@ -609,7 +579,7 @@ class _Scan:
             "layers": layers,
             "skipped": [asdict(s) for s in self.survey.skipped],
             "gauges": gauges,
-            "totals": totals(layers, self.model, bound, gauges),
+            "totals": totals(layers, self.model, known, gauges),
             "notes": list(dict.fromkeys(self.notes)),
         }
 

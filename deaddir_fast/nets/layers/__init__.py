@@ -6,9 +6,14 @@ gradients g (n, t, o), so that its score is Σ_t g aᵀ (with a trailing 1 in a 
 """
 
 from deaddir_fast.nets.layers import (  # noqa: F401 # each registers its family
+    attention,
+    conv,
     embedding,
+    experts,
+    functional,
     linear,
     norm,
+    recurrent,
 )
 from deaddir_fast.nets.layers.base import Adapter, Layer
 from deaddir_fast.nets.layers.registry import Unsupported, adapters

@@ -25,10 +25,14 @@ class Embedding(Layer):
 
     def gradients(self, grad: Tensor, n: int, x: Tensor | None = None) -> Tensor:
         """(n, t, o); zero where the index is the padding index, whose row never moves."""
-        padding = self.padding
-        if padding is not None and x is not None:
-            grad = grad.masked_fill((x == padding).unsqueeze(-1), 0)
-        return self.samples_first(grad, n)
+        g = self.per_sample(grad, n)
+        if self.padding is not None and x is not None:
+            g = g.masked_fill(self.rows(x, n) == self.padding, 0)
+        return g if self.scale == 1.0 else g * self.scale
+
+    def tokens(self, shape: tuple[int, ...], n: int) -> int:
+        """Indices per sample."""
+        return super().tokens((*shape, 1), n)
 
     @property
     def padding(self) -> int | None:
@@ -36,10 +40,16 @@ class Embedding(Layer):
         found = getattr(self.module, "padding_idx", None)
         return found if found is None else int(found)
 
+    @property
+    def scale(self) -> float:
+        """What the rows are multiplied by (Gemma, BART)."""
+        return float(getattr(self.module, "embed_scale", None) or 1.0)
+
     def recompute(self, x: Tensor) -> Tensor:
         """The rows of W."""
         assert isinstance(self.module.weight, Tensor)
-        return F.embedding(x, self.module.weight)
+        z = F.embedding(x, self.module.weight)
+        return z if self.scale == 1.0 else z * self.scale
 
     def directions(self, u: Mapping[str, Tensor]) -> Tensor | None:
         """(p, o, i)."""

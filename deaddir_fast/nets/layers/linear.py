@@ -23,7 +23,7 @@ class Linear(Layer):
 
     def gradients(self, grad: Tensor, n: int, x: Tensor | None = None) -> Tensor:
         """(n, t, o)."""
-        return self.samples_first(grad, n)
+        return self.per_sample(grad, n)
 
     def recompute(self, x: Tensor) -> Tensor:
         """W a + b."""

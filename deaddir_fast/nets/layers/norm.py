@@ -18,6 +18,12 @@ from deaddir_fast.nets.layers.base import Adapter, HookAdapter, Layer
 from deaddir_fast.nets.layers.linear import names_of
 from deaddir_fast.nets.layers.registry import Unsupported, register, register_look
 
+_BatchNorm = nn.modules.batchnorm._BatchNorm
+_PLAIN = {
+    nn.LayerNorm.forward, nn.RMSNorm.forward, nn.GroupNorm.forward, _BatchNorm.forward,
+    nn.SyncBatchNorm.forward,
+}  # fmt: skip
+
 
 class Norm(Layer):
     """A scale γ (and a shift β) on normalised features.
@@ -39,7 +45,7 @@ class Norm(Layer):
             return F.layer_norm(x, module.normalized_shape, None, None, module.eps)
         if isinstance(module, nn.GroupNorm):
             return F.group_norm(x, module.num_groups, None, None, module.eps)
-        if isinstance(module, nn.modules.batchnorm._BatchNorm):
+        if isinstance(module, _BatchNorm):
             mean, variance = module.running_mean, module.running_var
             return F.batch_norm(x, mean, variance, None, None, False, 0.0, module.eps)
         # z is affine in γ: its slope there is x̂, whether the module multiplies by γ or by 1 + γ.
@@ -68,7 +74,7 @@ class Norm(Layer):
         if x is None:
             raise RuntimeError(f"{self.name}: its scores need its inputs")
         wide = torch.float32 if grad.dtype in (torch.bfloat16, torch.float16) else grad.dtype
-        g = self.samples_first(self._features_last(grad), n).to(wide)
+        g = self.per_sample(self._features_last(grad), n).to(wide)
         x_hat = self.samples_first(self._features_last(self.normalised(x)), n).to(wide)
         score = torch.einsum("ntd,ntd->nd", x_hat, g)
         if self.bias is not None:
@@ -76,8 +82,28 @@ class Norm(Layer):
         return score.unsqueeze(1)
 
     def recompute(self, x: Tensor) -> Tensor:
-        """γ x̂ + β."""
-        return self.module.forward(x)
+        """γ x̂ + β, or for a norm written outside torch the affine function of γ that it is."""
+        module: Any = self.module
+        x_hat = self.normalised(x)
+        zero = {name: torch.zeros_like(p) for name, p in module.named_parameters()}
+        scale, shift = module.weight, module.bias if self.bias is not None else None
+        if self.channel != -1:
+            spread = (-1,) + (1,) * (x.ndim - 2)
+            scale = scale.reshape(spread)
+            shift = None if shift is None else shift.reshape(spread)
+        z = scale * x_hat
+        if type(module).forward not in _PLAIN:
+            # Some multiply by 1 + γ: what is left at γ = β = 0 belongs to the output.
+            self.busy = True
+            try:
+                z = z + functional_call(module, zero, (x,))
+            finally:
+                self.busy = False
+        return z if shift is None else z + shift
+
+    def tokens(self, shape: tuple[int, ...], n: int) -> int:
+        """One row: the score is summed over positions."""
+        return 1
 
     @property
     def width(self) -> int:
@@ -127,7 +153,7 @@ def group_norm(name: str, module: nn.Module, own: Mapping[str, str]) -> Adapter:
     return HookAdapter(_build(ChannelNorm, name, module, own))
 
 
-@register(nn.modules.batchnorm._BatchNorm)
+@register(_BatchNorm)
 def batch_norm(name: str, module: nn.Module, own: Mapping[str, str]) -> Adapter:
     """Adapter of a batch norm in evaluation mode."""
     if module.running_mean is None:

@@ -1,0 +1,127 @@
+"""What a scan knows of λ: certified bounds from flat directions.
+
+λ ≤ (d − f) / 2 where K stays zero on an f-dimensional manifold through the point. Two kinds of
+directions make it up: parts of a weight with A w = 0, which leave every activation on the data as
+it is, so that they are flat in all layers at once; and orbits of verified symmetries. Moving a
+point of the first kind along an orbit keeps K zero, so the dimension is that of the span of both.
+λ ≥ rank(F) / 2 ≥ half the rank of any block of F known exactly (the norms').
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from deaddir_fast.gauge.base import Gauge
+from deaddir_fast.nets.survey import Survey
+from deaddir_fast.scan.candidates import to_parameters
+from deaddir_fast.scan.nulls import Null
+from deaddir_fast.scan.spectra import Spectrum
+
+#: Bytes of the matrix of all orbit tangents, above which symmetries are left out of the bound.
+LARGEST_TANGENTS = 1 << 30
+
+
+def bound(
+    model: nn.Module,
+    survey: Survey,
+    spectra: Mapping[str, tuple[Spectrum, Spectrum]],
+    nulls: Mapping[str, tuple[Null, Null]],
+    gauges: Sequence[Gauge],
+) -> dict[str, Any]:
+    """Bounds on λ of the whole model on the data given.
+
+    Where samples limit a rank, more data would raise it, so those null spaces are not counted.
+    """
+    d = sum(p.numel() for p in model.parameters())
+    flat = 0
+    counted: dict[str, Null] = {}
+    weights: set[str] = set()
+    for name, (a, _) in spectra.items():
+        layer = survey.layers[name]
+        usable = a.form != "one" and layer.groups == 1 and survey.calls.get(name, 1) == 1
+        if not usable or name in survey.tied or layer.weight in weights or a.rank >= a.rank_limit:
+            continue
+        weights.add(layer.weight)
+        flat += a.dead * layer.outputs
+        if a.dead:
+            counted[name] = nulls[name][0]
+    orbits, left_out = _beyond(model, survey, spectra, counted, gauges)
+    lower = max(
+        (g.rank for n, (_, g) in spectra.items() if survey.layers[n].kind == "norm"), default=0
+    )
+    rests = [f"{flat:,} dimensions in which inputs of layers have no component on the data"]
+    if gauges:
+        rests.append(
+            "symmetries left out: too many for memory"
+            if left_out
+            else f"{orbits:,} more along orbits of verified symmetries"
+        )
+    return {
+        "lower": lower / 2,
+        "upper": (d - flat - orbits) / 2,
+        "flat": flat,
+        "orbits": orbits,
+        "verdict": "unresolved: bounds only",
+        "rests_on": "; ".join(rests),
+    }
+
+
+def _beyond(
+    model: nn.Module,
+    survey: Survey,
+    spectra: Mapping[str, tuple[Spectrum, Spectrum]],
+    counted: Mapping[str, Null],
+    gauges: Sequence[Gauge],
+) -> tuple[int, bool]:
+    """(dimensions that orbits add to the parts counted, whether they were left out)."""
+    state = {k: v.detach().double() for k, v in model.named_parameters()}
+    names = [k for k in state if any(k in g.parameters for g in gauges)]
+    rows = sum(g.dimension for g in gauges)
+    if not rows:
+        return 0, False
+    if 8 * rows * sum(state[k].numel() for k in names) > LARGEST_TANGENTS:
+        return 0, True
+    moved: dict[str, Tensor] = {
+        k: torch.zeros(rows, *state[k].shape, dtype=torch.float64) for k in names
+    }
+    at = 0
+    for g in gauges:
+        for k, value in g.tangents(state).items():
+            moved[k][at : at + g.dimension] = value.cpu()
+        at += g.dimension
+    lengths = torch.cat([v.flatten(1) for v in moved.values()], 1).norm(dim=1)
+    for name, null in counted.items():
+        layer = survey.layers[name]
+        own = {k: moved[k] for k in (layer.weight, layer.bias) if k in moved}
+        if not own:
+            continue
+        u = layer.directions(own)
+        assert u is not None
+        u = _without(u, null, spectra[name][0])
+        for k, value in to_parameters(layer, u, state).items():
+            if k in moved:
+                moved[k] = value
+    matrix = torch.cat([v.flatten(1) for v in moved.values()], 1)
+    matrix = matrix[lengths > 0] / lengths[lengths > 0, None]
+    if not matrix.numel():
+        return 0, False
+    values = torch.linalg.svdvals(torch.linalg.qr(matrix.mT, mode="r").R)
+    return int((values > 1e-9 * values[0]).sum()) if float(values[0]) > 0 else 0, False
+
+
+def _without(u: Tensor, null: Null, a: Spectrum) -> Tensor:
+    """(p, o, width) less what lies in the null space of A."""
+    parts = (null.always, null.here)
+    if sum(part.shape[-1] for part in parts) < a.dead:
+        return torch.zeros_like(u)  # its basis is not known: nothing of it is counted
+    for part in parts:
+        if part.ndim == 1:
+            u = u.clone()
+            u[..., part] = 0.0
+        else:
+            u = u - (u @ part) @ part.mT
+    return u
