@@ -95,7 +95,7 @@ def sharded(model: nn.Module, units: tuple[type[nn.Module], ...]) -> nn.Module:
     from torch.distributed.fsdp import fully_shard
 
     mesh = init_device_mesh("cpu", (torch.distributed.get_world_size(),))
-    for module in model.modules():
+    for module in reversed(list(model.modules())):  # the innermost first
         if isinstance(module, units):
             fully_shard(module, mesh=mesh)
     fully_shard(model, mesh=mesh)

@@ -14,12 +14,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-HOOKS = (
+_HOOKS = (
     "_forward_pre_hooks", "_forward_pre_hooks_with_kwargs", "_forward_hooks",
     "_forward_hooks_with_kwargs", "_forward_hooks_always_called", "_backward_hooks",
     "_backward_pre_hooks", "_state_dict_hooks", "_state_dict_pre_hooks",
     "_load_state_dict_pre_hooks", "_load_state_dict_post_hooks",
 )  # fmt: skip
+#: What ``fully_shard`` leaves in a module besides hooks.
+_MARKS = ("__composable_api", "_is_fsdp_managed_module", "_fsdp_use_orig_params")
 
 
 def spread(x: Any) -> bool:
@@ -31,16 +33,45 @@ def spread(x: Any) -> bool:
     return isinstance(x, DTensor)
 
 
+def _units(model: nn.Module) -> list[Any]:
+    """The modules that ``fully_shard`` has taken hold of."""
+    if not torch.distributed.is_available():
+        return []
+    from torch.distributed.fsdp import FSDPModule
+
+    return [m for m in model.modules() if isinstance(m, FSDPModule)]
+
+
+def plain_type(module: nn.Module) -> type[nn.Module]:
+    """The class it had before ``fully_shard``."""
+    # (FSDPLinear, FSDPModule, Linear, ...)
+    return type(module).__mro__[2] if module in _units(module) else type(module)
+
+
+def alone(model: nn.Module) -> set[nn.Module]:
+    """Modules that gather their own parameters: what reaches them is a new tensor each time."""
+    return set(_units(model))
+
+
 def is_sharded(model: nn.Module) -> bool:
-    """Whether any parameter or buffer is spread over processes."""
-    return any(spread(t) for t in (*model.parameters(), *model.buffers()))
+    """Whether its parameters are spread over processes, gathered for now or not."""
+    return bool(_units(model)) or any(map(spread, (*model.parameters(), *model.buffers())))
 
 
 def full(x: Tensor) -> Tensor:
-    """The whole of a tensor, detached; collective where it is spread."""
-    if not spread(x):
-        return x.detach()
-    return x.detach().full_tensor()  # type: ignore[attr-defined]
+    """A copy of the whole of a tensor; collective where it is spread."""
+    # A copy: memory that others look into cannot be freed by ``fully_shard``.
+    return x.detach().full_tensor() if spread(x) else x.detach().clone()  # type: ignore[attr-defined]
+
+
+def spread_again(model: nn.Module) -> None:
+    """Free what passes have left gathered, so that parameters are the ones ``fully_shard`` keeps.
+
+    The root of a model stays gathered after a forward pass; whatever is done to its parameters
+    then (``requires_grad``) is undone by the next pass.
+    """
+    for unit in _units(model):
+        unit.reshard()
 
 
 def check_kind(model: nn.Module) -> None:
@@ -50,12 +81,7 @@ def check_kind(model: nn.Module) -> None:
         ValueError: parameters spread otherwise than by ``fully_shard``: with tensor parallelism a
             layer's inputs and outputs are parts too.
     """
-    from torch.distributed.fsdp import FSDPModule
-
-    inside: set[int] = set()
-    for module in model.modules():
-        if isinstance(module, FSDPModule):
-            inside.update(id(p) for p in module.parameters())
+    inside = {id(p) for unit in _units(model) for p in unit.parameters()}
     for name, p in model.named_parameters():
         if spread(p) and (id(p) not in inside or p.device_mesh.ndim > 1):  # type: ignore[attr-defined]
             raise ValueError(
@@ -66,13 +92,14 @@ def check_kind(model: nn.Module) -> None:
 
 
 def _of_torch(hook: Any) -> bool:
-    return str(getattr(hook, "__module__", "")).startswith("torch.distributed")
+    inner = getattr(hook, "hook", hook)
+    return str(getattr(inner, "__module__", "")).startswith("torch.distributed")
 
 
 @contextmanager
 def whole(module: nn.Module) -> Iterator[None]:
     """A module with its parameters whole and without the hooks that gather them; collective."""
-    if not is_sharded(module):
+    if not any(map(spread, module.parameters())):
         yield
         return
     undo: list[tuple[Any, dict[Any, Any]]] = []
@@ -101,14 +128,10 @@ def gathered(model: nn.Module) -> nn.Module:
     Modules that ``fully_shard`` has taken hold of refuse to be copied, so the copy is put together
     module by module.
     """
-    from torch.distributed.fsdp import FSDPModule
-
     memo: dict[int, Any] = {}
     twins: list[tuple[nn.Module, nn.Module]] = []
     for module in model.modules():
-        kind: Any = type(module)
-        if isinstance(module, FSDPModule):
-            kind = kind.__mro__[2]  # (FSDPLinear, FSDPModule, Linear, ...)
+        kind: Any = plain_type(module)
         twin = kind.__new__(kind)
         memo[id(module)] = twin
         twins.append((module, twin))
@@ -116,12 +139,14 @@ def gathered(model: nn.Module) -> nn.Module:
             for t in table.values():
                 if t is None or id(t) in memo:
                     continue
-                value = full(t).clone()
+                value = full(t)
                 parameter = isinstance(t, nn.Parameter)
                 memo[id(t)] = nn.Parameter(value, requires_grad=False) if parameter else value
     for module, twin in twins:
         for key, value in module.__dict__.items():
-            if key in HOOKS:
+            if key.startswith(_MARKS):
+                continue
+            if key in _HOOKS:
                 value = type(value)((k, h) for k, h in value.items() if not _of_torch(h))
             twin.__dict__[key] = copy.deepcopy(value, memo)
     found = memo[id(model)]

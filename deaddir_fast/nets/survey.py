@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import fnmatch
 import warnings
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Container, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -46,6 +46,16 @@ class Survey:
     tokens: dict[str, int]
     skipped: tuple[Skipped, ...]
     samples: int
+
+    def without_sharing(self, modules: Container[nn.Module]) -> Survey:
+        """The same, except that layers of these modules have inputs of their own."""
+        leaders = {
+            name: leader
+            for name, leader in self.leaders.items()
+            if self.layers[name].module not in modules
+            and self.layers[leader].module not in modules
+        }
+        return replace(self, leaders=leaders)
 
 
 def _chosen(names: Sequence[str], layers: Sequence[str] | None) -> set[str]:

@@ -26,7 +26,7 @@ from deaddir_fast.nets import seeds
 from deaddir_fast.nets.graph import call_plainly, slice_batch
 from deaddir_fast.nets.precision import narrowest
 from deaddir_fast.nets.rays import check_radii
-from deaddir_fast.nets.sharded import check_kind, gathered, is_sharded
+from deaddir_fast.nets.sharded import alone, check_kind, gathered, is_sharded, plain_type
 from deaddir_fast.nets.survey import Survey, survey
 from deaddir_fast.ops.gram_packed import entries
 from deaddir_fast.scan.batches import Batches
@@ -173,6 +173,8 @@ def scan(
         # One sample would leave open where the samples are in each layer's tensors.
         several = next((i for i, n in enumerate(data.sizes) if n > 1), 0)
         found = survey(model, data[several].inputs, layers=layers, strict=strict)
+    if is_sharded(model):
+        found = found.without_sharing(alone(model))
     if not found.layers:
         raise ValueError("model: none of its modules is a layer that factors are known for")
     if sums is None:
@@ -185,7 +187,7 @@ def scan(
         likelihood, fisher, "expand", draws, seed, sums, True, LARGEST_HEAD, MOST_PASSES
     )
     work = _Scan(model, data, Path(out), found, settings, options, device, progress)
-    work.source = source or type(model).__name__
+    work.source = source or plain_type(model).__name__
     work.fingerprint = fingerprint or weights_fingerprint(original)
     work.original_dtype = next(p.dtype for p in original.parameters() if p.is_floating_point())
     return work.run(resume)
@@ -546,7 +548,7 @@ class _Scan:
             "device": _device(self.device),
             "model": {
                 "source": self.source,
-                "class": type(self.model).__name__,
+                "class": plain_type(self.model).__name__,
                 "parameters": sum(p.numel() for p in self.model.parameters()),
                 "dtype": str(self.original_dtype).removeprefix("torch."),
                 "fingerprint": self.fingerprint,
