@@ -1,13 +1,14 @@
 """Small scans that tests run in this process and in several others.
 
-As a program: ``python scan_jobs.py JOBS`` runs jobs from JSON, as one of the processes that RANK and
-its like say there are.
+As a program, ``python scan_jobs.py JOBS`` runs jobs from JSON, as one of the processes that RANK
+and its like say there are.
 """
 
 from __future__ import annotations
 
 import json
 import os
+import signal
 import socket
 import subprocess
 import sys
@@ -20,6 +21,9 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 import deaddir_fast as dd
+from deaddir_fast.fisher.kron import Pass
+from deaddir_fast.nets.sharded import spread_again
+from deaddir_fast.scan.store import Store
 
 
 class Block(nn.Module):
@@ -102,23 +106,91 @@ def sharded(model: nn.Module, units: tuple[type[nn.Module], ...]) -> nn.Module:
     return model
 
 
+def by_hand(model: nn.Module) -> nn.Module:
+    """The model with DTensor weights that nothing gathers."""
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.tensor import Shard, distribute_tensor
+
+    mesh = init_device_mesh("cpu", (torch.distributed.get_world_size(),))
+    for module in model.modules():
+        if isinstance(module, nn.Linear):
+            weight = distribute_tensor(module.weight.detach(), mesh, [Shard(0)])
+            module.weight = nn.Parameter(weight)
+    return model
+
+
+UNITS = {"blocks": (Block,), "everything": (Block, nn.LayerNorm, nn.Linear, nn.Embedding)}
+
+
+# ---------------------------------------------------------------------- what goes wrong on purpose
+
+
+def other_weights(model: nn.Module) -> None:
+    """The second process has another model."""
+    if os.environ["RANK"] == "1":
+        with torch.no_grad():
+            next(model.parameters())[0] += 1
+
+
+def failing(model: nn.Module) -> None:
+    """The second process fails in its first shard."""
+
+    def add(self: Any, batch: Any, first: int) -> None:
+        raise ValueError("made to fail")
+
+    if os.environ["RANK"] == "1":
+        Pass.add = add  # type: ignore[method-assign]
+
+
+def failing_rays(model: nn.Module) -> None:
+    """The second process fails when it keeps its first rays."""
+
+    def save(self: Any, index: int, reading: Any) -> None:
+        raise OSError(28, "No space left on device")
+
+    if os.environ["RANK"] == "1":
+        Store.save_layer = save  # type: ignore[method-assign]
+
+
+def killed(model: nn.Module) -> None:
+    """The second process is killed when it has kept sums twice."""
+    save, count = Store.save_factors, [0]
+
+    def dying(self: Any, index: int, factors: Any) -> None:
+        save(self, index, factors)
+        count[0] += 1
+        if count[0] == KILLED_AFTER:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    if os.environ["RANK"] == os.environ.get("KILLED_RANK", "1"):
+        Store.save_factors = dying  # type: ignore[method-assign]
+
+
+#: With two layers a process, the second shard's sums of one layer are on disk, of the other not.
+KILLED_AFTER = 3
+
+
 def run_job(job: dict[str, Any]) -> None:
     """One scan.
 
     Args:
-        job: "model" (of :data:`MODELS`), "batches", "out", "options" of ``dd.scan``; "sharded":
-            names of modules that ``fully_shard`` takes; "dtype" of the model; "setup": name of a
-            function here that is called before.
+        job: "model" (of :data:`MODELS`), "batches", "out", "options" of ``dd.scan``; "dtype" of the
+            model; "sharded": a key of :data:`UNITS` or "by hand"; "setup": name of a function here
+            that is given the model before.
     """
     model, data = MODELS[job["model"]](job.get("batches", 5))
     model = model.to(getattr(torch, job.get("dtype", "float32")))
     if "setup" in job:
-        globals()[job["setup"]](job)
+        globals()[job["setup"]](model)
     if "sharded" in job:
-        units = {"blocks": (Block,), "everything": (Block, nn.LayerNorm, nn.Linear, nn.Embedding)}
-        model = sharded(model, units[job["sharded"]])
+        how = job["sharded"]
+        model = by_hand(model) if how == "by hand" else sharded(model, UNITS[how])
     options = {"draws": 2, "progress": False, **job.get("options", {})}
+    next(model.parameters()).requires_grad_(False)
+    before = [p.requires_grad for p in model.parameters()]
     dd.scan(model, data, out=job["out"], **options)
+    spread_again(model)
+    assert [p.requires_grad for p in model.parameters()] == before
 
 
 def launch(

@@ -52,8 +52,7 @@ class Survey:
         leaders = {
             name: leader
             for name, leader in self.leaders.items()
-            if self.layers[name].module not in modules
-            and self.layers[leader].module not in modules
+            if self.layers[name].module not in modules and self.layers[leader].module not in modules
         }
         return replace(self, leaders=leaders)
 

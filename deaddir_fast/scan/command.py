@@ -14,6 +14,7 @@ from rich.table import Table
 from deaddir_fast.scan import load_model as models
 from deaddir_fast.scan.dry_run import dry_run, show
 from deaddir_fast.scan.load_data import load_data
+from deaddir_fast.scan.ranks import launched
 from deaddir_fast.scan.run import scan
 from deaddir_fast.scan.scan_report import ScanReport
 
@@ -72,12 +73,17 @@ def _count_tokens(request: Request, found: models.ModelPlan) -> tuple[int, bool]
 
 
 def run(request: Request, console: Console) -> ScanReport:
-    """Load, scan, print.
+    """Load, scan, print; under torchrun together with the other processes.
 
     Raises:
         As ``load_model``, ``load_data`` and ``scan``.
     """
-    device = request.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    wanted = request.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    with launched(torch.device(wanted)) as device:
+        return _run(request, console, device)
+
+
+def _run(request: Request, console: Console, device: torch.device) -> ScanReport:
     dtype = None if request.dtype is None else getattr(torch, request.dtype)
     estimate(request, console)
     loaded = models.load_model(
@@ -100,7 +106,7 @@ def run(request: Request, console: Console) -> ScanReport:
         warnings.simplefilter("ignore" if not request.strict else "default", UserWarning)
         report = scan(
             loaded.model,
-            OnDevice(data, torch.device(device)),
+            OnDevice(data, device),
             out=request.out,
             likelihood=request.likelihood or loaded.likelihood,
             fisher=request.fisher,

@@ -201,6 +201,16 @@ def current() -> Ranks:
     return _current.get()
 
 
+def _is_launched() -> bool:
+    wanted = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+    return dist.is_available() and all(k in os.environ for k in wanted)
+
+
+def is_first() -> bool:
+    """Whether this is the first of the processes launched together, or one of its own."""
+    return not _is_launched() or os.environ["RANK"] == "0"
+
+
 @contextmanager
 def launched(device: torch.device) -> Iterator[torch.device]:
     """Join the processes that torchrun (or whatever sets RANK and its like) has started.
@@ -213,8 +223,7 @@ def launched(device: torch.device) -> Iterator[torch.device]:
     Yields:
         The device of this process.
     """
-    wanted = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
-    if not all(k in os.environ for k in wanted) or dist.is_initialized():
+    if not _is_launched() or dist.is_initialized():
         yield device
         return
     if device.type == "cuda":

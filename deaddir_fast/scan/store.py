@@ -62,10 +62,12 @@ class Store:
         self.folder = folder
         self.settings = json.loads(json.dumps(plain(settings)))
         head = folder / "scan.json"
-        if head.exists() and not resume:
+        before = self._read(head) if head.exists() else None
+        if before is not None and not resume:
             self.clear()
-        if head.exists():
-            self._check(head)
+            before = None
+        if before is not None:
+            self._check(before)
         else:
             if folder.exists() and not self._ours():
                 raise ValueError(
@@ -77,19 +79,30 @@ class Store:
     def _ours(self) -> bool:
         if not self.folder.is_dir():
             return False
-        names = {p.name for p in self.folder.iterdir()}
-        return names <= {"state", ".scan.json.partial"}
+        # scan.json is the first file written, and the last that is removed.
+        return {p.name for p in self.folder.iterdir()} <= {".scan.json.partial"}
 
-    def _check(self, head: Path) -> None:
+    def _read(self, head: Path) -> dict[str, Any]:
+        """What scan.json says, if a scan has written it."""
         try:
             content = json.loads(head.read_text(encoding="utf-8"))
         except (OSError, ValueError) as error:
             raise ValueError(f"out: {str(head)!r} cannot be read: {error}") from None
-        if content.get("schema") != SCHEMA:
+        if (
+            not isinstance(content, dict)
+            or not isinstance(content.get("schema"), int)
+            or not isinstance(content.get("settings"), dict)
+        ):
+            raise ValueError(f"out: {str(head)!r} is not of a scan; expected a new folder")
+        return content
+
+    def _check(self, content: dict[str, Any]) -> None:
+        if content["schema"] != SCHEMA:
             raise ValueError(
-                f"out: {str(head)!r} has version {content.get('schema')}, expected {SCHEMA}"
+                f"out: {str(self.folder)!r} holds a scan of version {content['schema']}, expected "
+                f"{SCHEMA}; use another folder, or resume=False to start again"
             )
-        before = content.get("settings", {})
+        before = content["settings"]
         keys = sorted(set(before) | set(self.settings))
         other = [k for k in keys if before.get(k) != self.settings.get(k)]
         if other:
