@@ -12,7 +12,9 @@ import signal
 import socket
 import subprocess
 import sys
+import time
 from collections.abc import Callable
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +25,7 @@ from torch import Tensor, nn
 import deaddir_fast as dd
 from deaddir_fast.fisher.kron import Pass
 from deaddir_fast.nets.sharded import spread_again
+from deaddir_fast.scan import ranks
 from deaddir_fast.scan.store import Store
 
 
@@ -142,6 +145,20 @@ def failing(model: nn.Module) -> None:
         Pass.add = add  # type: ignore[method-assign]
 
 
+def failing_while_busy(model: nn.Module) -> None:
+    """The second process fails at once, while the first is busy for longer than it waits."""
+    ranks.FAREWELL = timedelta(seconds=0.5)
+    add = Pass.add
+
+    def slow(self: Any, batch: Any, first: int) -> None:
+        time.sleep(3)
+        add(self, batch, first)
+
+    failing(model)
+    if os.environ["RANK"] == "0":
+        Pass.add = slow  # type: ignore[method-assign]
+
+
 def failing_rays(model: nn.Module) -> None:
     """The second process fails when it keeps its first rays."""
 
@@ -153,21 +170,17 @@ def failing_rays(model: nn.Module) -> None:
 
 
 def killed(model: nn.Module) -> None:
-    """The second process is killed when it has kept sums twice."""
+    """One of two processes is killed in the second round, when some of its sums are written."""
     save, count = Store.save_factors, [0]
 
     def dying(self: Any, index: int, factors: Any) -> None:
         save(self, index, factors)
-        count[0] += 1
-        if count[0] == KILLED_AFTER:
+        count[0] += factors.meta["shards"] == [0, 1, 2, 3]
+        if count[0] == 3:
             os.kill(os.getpid(), signal.SIGKILL)
 
-    if os.environ["RANK"] == os.environ.get("KILLED_RANK", "1"):
+    if os.environ["RANK"] == os.environ["KILLED_RANK"]:
         Store.save_factors = dying  # type: ignore[method-assign]
-
-
-#: With two layers a process, the second shard's sums of one layer are on disk, of the other not.
-KILLED_AFTER = 3
 
 
 def run_job(job: dict[str, Any]) -> None:

@@ -7,11 +7,11 @@ it must call it, in the same order.
 from __future__ import annotations
 
 import copy
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 _HOOKS = (
@@ -26,20 +26,15 @@ _MARKS = ("__composable_api", "_is_fsdp_managed_module", "_fsdp_use_orig_params"
 
 def spread(x: Any) -> bool:
     """Whether a tensor is a DTensor."""
-    if not torch.distributed.is_available():
-        return False
-    from torch.distributed.tensor import DTensor
-
-    return isinstance(x, DTensor)
+    # Slow to import, and there can be none before somebody else has.
+    tensors = sys.modules.get("torch.distributed.tensor")
+    return tensors is not None and isinstance(x, tensors.DTensor)
 
 
 def _units(model: nn.Module) -> list[Any]:
     """The modules that ``fully_shard`` has taken hold of."""
-    if not torch.distributed.is_available():
-        return []
-    from torch.distributed.fsdp import FSDPModule
-
-    return [m for m in model.modules() if isinstance(m, FSDPModule)]
+    fsdp = sys.modules.get("torch.distributed.fsdp")
+    return [] if fsdp is None else [m for m in model.modules() if isinstance(m, fsdp.FSDPModule)]
 
 
 def plain_type(module: nn.Module) -> type[nn.Module]:

@@ -50,6 +50,12 @@ class Sent:
             raise RankError(f"a process that sums were sent to is gone ({_short(error)})") from None
 
 
+def _of_a_connection(error: BaseException) -> bool:
+    text = str(error).lower()
+    gone = ("closed by peer", "reset by peer", "gloo", "nccl", "broken pipe")
+    return isinstance(error, RuntimeError) and any(sign in text for sign in gone)
+
+
 def _short(error: BaseException) -> str:
     return str(error).split("\n")[0][:200]
 
@@ -87,9 +93,17 @@ class Ranks:
             dist.destroy_process_group(self._talk)
         elif not isinstance(error, RankError):
             text = f"{type(error).__name__}: {error}"
-            # Those that are busy find this process gone later.
+            # Those that are busy find this process gone later. What waits for them must end, or
+            # this process could not.
+            dist.distributed_c10d._set_pg_timeout(FAREWELL, self._talk)
             with suppress(RuntimeError):
                 self._gather(text[:4000], failed=True, patience=FAREWELL)
+            if _of_a_connection(error):
+                # In a pass of a sharded model, which all processes take part in.
+                raise RankError(
+                    f"process {self.rank} of {self.size} lost another one in the middle of a "
+                    f"pass; that one's own output says why ({_short(error)})"
+                ) from error
 
     @property
     def first(self) -> bool:
