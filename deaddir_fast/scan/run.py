@@ -301,6 +301,7 @@ class _Scan:
         costs = self.plan()
         if ranks.first:
             store = Store(self.out, self.identity(), resume=resume)
+            store.tidy()
             store.space_for(costs.disk)
         ranks.barrier()
         if not ranks.first:

@@ -120,6 +120,11 @@ class Store:
         for name in ("report.json", "spectra.safetensors", "report.html", "scan.json"):
             (self.folder / name).unlink(missing_ok=True)
 
+    def tidy(self) -> None:
+        """Remove half-written files that a kill has left; before anything is written."""
+        for part in self.folder.glob("state/**/.*.partial"):
+            part.unlink(missing_ok=True)
+
     def space_for(self, needed: int) -> None:
         """Refuse before the work what the disk cannot hold.
 

@@ -102,11 +102,12 @@ def test_layers_are_dealt_by_size_and_followers_stay_with_their_leader(processes
 # -------------------------------------------------------------------------------- several processes
 
 
-def test_two_processes_give_the_bits_of_one(tmp_path: Path) -> None:
+@pytest.mark.parametrize("options", [NONE, pytest.param(FEW, marks=pytest.mark.slow)])
+def test_two_processes_give_the_bits_of_one(options: dict[str, Any], tmp_path: Path) -> None:
     # Five batches in three shards (2, 2, 1): one process has nothing to do in the second round.
-    jobs = [job("mlp", tmp_path / "one", options={**FEW, "shards": 3})]
-    run_job(jobs[0])
-    all_well(launch([{**jobs[0], "out": str(tmp_path / "two")}], 2))
+    alone = job("mlp", tmp_path / "one", options={**options, "shards": 3})
+    run_job(alone)
+    all_well(launch([{**alone, "out": str(tmp_path / "two")}], 2))
     same_bits(tmp_path / "one", tmp_path / "two")
 
 
