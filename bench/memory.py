@@ -16,6 +16,7 @@ import os
 import resource
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -69,14 +70,19 @@ def _child(name: str, implementation: str, threads: int) -> int:
     args = case.of.build(case.sizes, Draw(case.dtype, "cpu"))
     for sizes in (case.of.small[0], case.of.small[-1]):
         call(*case.of.build(sizes, Draw(case.dtype, "cpu")))
+    return growth(lambda: call(*args))
+
+
+def growth(call: Callable[[], object]) -> int:
+    """Bytes by which resident memory rose above what it was, at its highest in one call."""
     gc.collect()
     ctypes.CDLL(None).malloc_trim(0)
     if _reset_peak():
         before = _status("VmRSS")
-        call(*args)
+        call()
         return max(0, _status("VmHWM") - before)
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    call(*args)
+    call()
     return (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * 1024
 
 

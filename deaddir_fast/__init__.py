@@ -4,6 +4,8 @@ from deaddir_fast import gauge, ops, theory
 from deaddir_fast._backend import backend
 from deaddir_fast.fisher.factors import KronFactors, LayerFactors
 from deaddir_fast.fisher.kron import kron_factors
+from deaddir_fast.fisher.point import PointCurvature, point_curvature
+from deaddir_fast.fisher.probe import LayerCurvature, layer_curvature
 from deaddir_fast.nets.likelihood import (
     Bernoulli,
     Categorical,
@@ -44,8 +46,10 @@ __all__ = [
     "FreezeProbe",
     "Gaussian",
     "KronFactors",
+    "LayerCurvature",
     "LayerFactors",
     "Likelihood",
+    "PointCurvature",
     "Poisson",
     "PriorExponents",
     "RankOne",
@@ -63,8 +67,10 @@ __all__ = [
     "freeze_probe",
     "gauge",
     "kron_factors",
+    "layer_curvature",
     "leading_scores",
     "ops",
+    "point_curvature",
     "prior_exponents",
     "ray_curvature",
     "ray_orders",

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from deaddir_fast.fisher.accumulate import GramSum, GroupedSum
+from deaddir_fast.fisher.accumulate import GramSum, GroupedSum, diagonal
 from deaddir_fast.fisher.factors import LayerFactors
 from deaddir_fast.nets.layers.base import Cut, Layer
 from deaddir_fast.nets.layers.embedding import Embedding
@@ -42,34 +42,45 @@ class Collector:
         dtype: of the sums; None follows the rows (fp64 for fp64, else fp32).
         kfac: "expand" (one row per token) or "reduce" (a averaged, g summed over tokens).
         closed_head: whether the head's G is held as the diagonal given by :meth:`head_diagonal`.
+        scale: factor of every gradient (1/√draws).
     """
 
     def __init__(
-        self, survey: Survey, *, dtype: torch.dtype | None, kfac: str, closed_head: bool
+        self,
+        survey: Survey,
+        *,
+        dtype: torch.dtype | None,
+        kfac: str,
+        closed_head: bool,
+        scale: float = 1.0,
     ) -> None:
         self.survey, self.dtype, self.kfac = survey, dtype, kfac
         self.closed_head = survey.head if closed_head else None
+        self.scale = scale
+        self._with_ones = {
+            survey.leaders.get(name, name)
+            for name, layer in survey.layers.items()
+            if layer.bias is not None
+        }
         self.samples = 0
         self.notes: dict[str, None] = {}
         self._sums: dict[str, _Sums] = {}
         self._n = 0
         self._mask: Tensor | None = None
-        self._scale = 1.0
         self._inputs: dict[str, tuple[Tensor, int]] = {}  # of leaders, while followers are due
         self._followers = Counter(survey.leaders.values())
         self._due = self._followers.copy()
         self._pending: dict[str, Tensor] = {}
         self._averaged: dict[str, tuple[Tensor, int]] = {}
 
-    def begin(self, n: int, mask: Tensor | None, scale: float = 1.0) -> None:
+    def begin(self, n: int, mask: Tensor | None) -> None:
         """Start a batch of n samples.
 
         Args:
             n: number of samples.
             mask: (n, t) which tokens count, or None for all.
-            scale: factor of every gradient (1/√draws).
         """
-        self._n, self._mask, self._scale = n, mask, scale
+        self._n, self._mask = n, mask
         self.samples += n
         self._inputs.clear()
         self._due = self._followers.copy()
@@ -79,15 +90,18 @@ class Collector:
             wide = torch.float64 if like.dtype == torch.float64 else torch.float32
             dtype = self.dtype or wide
 
-            def start(width: int) -> GramSum:
+            def start(width: int, alpha: float, ones: bool) -> GramSum:
+                where: tuple[torch.dtype, torch.device] = (dtype, like.device)
                 if layer.groups > 1:
-                    return GroupedSum(layer.groups, width, dtype, like.device)
-                return GramSum(width, dtype, like.device)
+                    return GroupedSum(layer.groups, width, *where, alpha=alpha, ones=ones)
+                return GramSum(width, *where, alpha=alpha, ones=ones)
 
             own = layer.form == "matrix" and layer.name not in self.survey.leaders
+            closed = layer.name == self.closed_head
             self._sums[layer.name] = _Sums(
-                start(layer.inputs) if own else None,
-                start(layer.outputs) if layer.name != self.closed_head else None,
+                start(layer.inputs, 1.0, layer.name in self._with_ones) if own else None,
+                # The factor of the gradients goes to the product, which costs nothing.
+                None if closed else start(layer.outputs, self.scale**2, False),
             )
         return self._sums[layer.name]
 
@@ -185,7 +199,7 @@ class Collector:
     def _add_gradient(self, layer: Layer, g: Tensor) -> None:
         total = self._of(layer, g).g
         assert total is not None
-        total.add(g, self._scale)
+        total.add(g)
 
     def end_pass(self) -> None:
         """A backward pass is over."""
@@ -202,10 +216,16 @@ class Collector:
         sums = self._of(self.survey.layers[self.closed_head], rows)
         if sums.diagonal is None:
             sums.diagonal = torch.zeros(z.shape[-1], dtype=torch.float64, device=z.device)
-        block = max(1, (1 << 24) // z.shape[-1])
-        for start in range(0, len(rows), block):
-            p = torch.softmax(rows[start : start + block].float(), -1)
-            sums.diagonal += (p - p.square()).sum(0, dtype=torch.float32)
+        # Few enough for the passes over them to stay in cache.
+        for some in rows.split(max(1, (1 << 18) // z.shape[-1])):
+            p = torch.softmax(some if some.dtype == torch.float64 else some.float(), -1)
+            # 1 − p of the likeliest class is the sum of the others: p may be 1 to rounding.
+            top = p.argmax(-1, keepdim=True)
+            largest = p.gather(-1, top)
+            p.scatter_(-1, top, 0.0)
+            variance = largest.mul_(p.sum(-1, keepdim=True))
+            p.addcmul_(p, p, value=-1.0).scatter_(-1, top, variance)
+            sums.diagonal += (p.new_ones(1, len(p)) @ p)[0]
 
     def result(self) -> dict[str, LayerFactors]:
         """Factors of every layer that was used."""
@@ -238,7 +258,10 @@ class Collector:
             g, form = sums.diagonal, "diagonal"
         else:
             g, form = sums.g.packed, "matrix"
-        for what, total in (("inputs", a), ("gradients", g)):
+        of_a = diagonal(a) if layer.form == "matrix" else a
+        of_g = diagonal(g) if form == "matrix" else g
+        # Squares: what is not finite in a row, or overflows in a sum, does so on the diagonal.
+        for what, total in (("inputs", of_a), ("gradients", of_g)):
             if not bool(torch.isfinite(total).all()):
                 self.notes[f"{layer.name}: its {what} are not all finite"] = None
         return LayerFactors(

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -38,7 +38,7 @@ class LayerFactors:
             never formed (use ``dd.ops.linear_softmax_fisher`` for its quadratic forms).
         inputs, outputs: i and o. ``groups``: number of independent maps, 1 for most.
         A_sum: packed triangle(s) of Σ a aᵀ without the trailing 1, or the diagonal of counts.
-        A_ones: Σ a, for the trailing 1.
+        A_ones: Σ a, for the trailing 1; empty where no layer with this A has a bias.
         G_sum: packed triangle(s) of Σ g gᵀ, or its diagonal.
         rows: number of rows a summed, over samples and tokens.
         samples: number of samples.
@@ -158,7 +158,7 @@ class KronFactors(Mapping[str, LayerFactors]):
         return len(self._layers)
 
     def __repr__(self) -> str:
-        samples = next(iter(self._layers.values())).samples if self._layers else 0
+        samples = max((f.samples for f in self._layers.values()), default=0)
         return (
             f"KronFactors({len(self)} layers, {self.meta.get('fisher')}, {samples} samples, "
             f"{self.bytes() / 2**20:.1f} MiB)"
@@ -177,18 +177,20 @@ class KronFactors(Mapping[str, LayerFactors]):
         """Add up partial results over different samples.
 
         The parts are added in the order of their shards, in fp64, whatever the order they are
-        given in: the same list of shards always gives the same bits.
+        given in: the same list of shards always gives the same bits. Parts without shards are added
+        in the order given.
 
         Raises:
             ValueError: no parts, parts of different kinds, or a shard that occurs twice.
         """
         if not parts:
             raise ValueError("parts: expected at least one, got none")
-        if len({tuple(p) for p in parts}) != 1:
+        if len({tuple(_kind(f) for f in p.values()) for p in parts}) != 1:
             raise ValueError("parts: expected the same layers in each")
         plain = [{k: v for k, v in p.meta.items() if k != "shards"} for p in parts]
         if any(m != plain[0] for m in plain):
-            different = sorted(k for k in plain[0] if any(m.get(k) != plain[0][k] for m in plain))
+            keys = {k for m in plain for k in m}
+            different = sorted(k for k in keys if any(m.get(k) != plain[0].get(k) for m in plain))
             raise ValueError(f"parts: expected one kind of factors, they differ in {different}")
         shards = [tuple(p.meta.get("shards", ())) for p in parts]
         flat = [s for some in shards for s in some]
@@ -202,8 +204,10 @@ class KronFactors(Mapping[str, LayerFactors]):
             if leader is not None and all(f.shares_inputs_with == leader for f in some):
                 a, ones = layers[leader].A_sum, layers[leader].A_ones
             else:
-                a = _total([f.A_sum for f in some])
-                ones = _total([f.A_ones for f in some])
+                leader, a = None, _total([f.A_sum for f in some])
+                # Σ a is kept where some layer with a bias needs it, which the parts may differ in.
+                kept = all(f.A_ones.numel() for f in some)
+                ones = _total([f.A_ones for f in some]) if kept else some[0].A_ones.new_zeros(0)
             layers[name] = replace(
                 head,
                 A_sum=a,
@@ -211,6 +215,7 @@ class KronFactors(Mapping[str, LayerFactors]):
                 G_sum=_total([f.G_sum for f in some]),
                 rows=sum(f.rows for f in some),
                 samples=sum(f.samples for f in some),
+                shares_inputs_with=leader,
             )
         notes = dict.fromkeys(n for p in ordered for n in p.notes)
         return cls(layers, {**plain[0], "shards": sorted(flat)}, tuple(notes))
@@ -245,28 +250,35 @@ class KronFactors(Mapping[str, LayerFactors]):
         """Read what :meth:`save` wrote.
 
         Raises:
-            ValueError: not such a folder, or one of another version.
+            ValueError: not such a folder, one of another version, or a file that is not whole.
         """
         path = Path(folder) / "factors.safetensors"
         if not path.is_file():
             raise ValueError(f"folder: no factors.safetensors in {str(folder)!r}")
+        try:
+            with safe_open(path, "pt") as file:
+                manifest = json.loads((file.metadata() or {}).get("manifest", "{}"))
+                tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
+        except (SafetensorError, json.JSONDecodeError) as error:
+            raise ValueError(
+                f"folder: {str(path)!r} is not a whole safetensors file of factors ({error})"
+            ) from None
+        if manifest.get("schema") != SCHEMA:
+            raise ValueError(
+                f"folder: {str(path)!r} has version {manifest.get('schema')} of the format, "
+                f"expected {SCHEMA}"
+            )
         layers: dict[str, LayerFactors] = {}
-        with safe_open(path, "pt") as file:
-            manifest = json.loads((file.metadata() or {}).get("manifest", "{}"))
-            if manifest.get("schema") != SCHEMA:
-                raise ValueError(
-                    f"folder: {str(path)!r} has version {manifest.get('schema')} of the format, "
-                    f"expected {SCHEMA}"
-                )
+        try:
             for row in manifest["layers"]:
-                leader = row["shares_inputs_with"]
+                name, leader = row["name"], row["shares_inputs_with"]
                 if leader is None:
-                    a = file.get_tensor(f"A/{row['name']}")
-                    ones = file.get_tensor(f"A_ones/{row['name']}")
+                    a, ones = tensors[f"A/{name}"], tensors[f"A_ones/{name}"]
                 else:
                     a, ones = layers[leader].A_sum, layers[leader].A_ones
-                g = file.get_tensor(f"G/{row['name']}")
-                layers[row["name"]] = LayerFactors(**row, A_sum=a, A_ones=ones, G_sum=g)
+                layers[name] = LayerFactors(**row, A_sum=a, A_ones=ones, G_sum=tensors[f"G/{name}"])
+        except KeyError as missing:
+            raise ValueError(f"folder: {str(path)!r} has no {missing.args[0]}") from None
         return cls(layers, manifest["meta"], manifest["notes"])
 
 
@@ -284,6 +296,13 @@ _FIELDS = (
     "samples",
     "shares_inputs_with",
 )
+
+
+def _kind(f: LayerFactors) -> tuple[Any, ...]:
+    """What layers must have in common for their sums to be added."""
+    return (
+        f.name, f.kind, f.weight, f.bias, f.form, f.output_form, f.inputs, f.outputs, f.groups
+    )  # fmt: skip
 
 
 def _total(parts: Sequence[Tensor]) -> Tensor:

@@ -53,6 +53,8 @@ def as_batch(given: Any, fisher: str) -> Batch:
         targets = labels if targets is None else targets
         mask = given.get("attention_mask")
         if isinstance(mask, Tensor) and mask.ndim == 2:
+            if mask.dtype != torch.bool and bool((mask < 0).any()):
+                raise _check.fail("batches", mask, "an attention_mask of ones and zeros")
             mask = mask.bool()
             mask = None if bool(mask.all()) else mask
         else:
@@ -113,7 +115,11 @@ class Pass:
             and found.layers[head].outputs > settings.largest_head
         )
         self.collector = Collector(
-            found, dtype=settings.dtype, kfac=settings.kfac, closed_head=closed
+            found,
+            dtype=settings.dtype,
+            kfac=settings.kfac,
+            closed_head=closed,
+            scale=settings.draws**-0.5 if settings.fisher == "mc" else 1.0,
         )
         self.streams = Streams(
             model,
@@ -134,9 +140,13 @@ class Pass:
         s, collector = self.settings, self.collector
         if batch.n > 1 and not self.laid_out:
             self._lay_out(batch)
-        collector.begin(batch.n, batch.mask, s.draws**-0.5 if s.fisher == "mc" else 1.0)
+        collector.begin(batch.n, batch.mask)
         z = self.streams.forward(batch.inputs, batch.n)
         mask = output_mask(z, batch, s.likelihood)
+        if mask is None and batch.mask is not None and z.ndim > 2:
+            collector.notes["the outputs do not match the mask; those of padding are counted"] = (
+                None
+            )
         if collector.closed_head is not None:
             collector.head_diagonal(z, mask)
         passes = list_of_seeds(z, batch, mask, first, s)
@@ -287,9 +297,14 @@ def kron_factors(
     and g are independent: deep linear networks, and the scale and shift of norms, whose exact block
     is G with A = 1. Sources: Martens & Grosse 2015; Eschenhagen et al. 2023 for shared weights.
 
-    Cost of a batch with one seed: a forward pass, a backward pass for activations only, and
-    n t (i² + o²) FLOP a layer for the triangles of A and G, where an ordinary backward pass spends
-    2 n t i o on weight gradients. Layers that receive the same tensor share one A.
+    Bound for a batch of n samples of t tokens with one seed: 2 n t i o FLOP a layer forwards, as
+    many backwards (none below the first layer), and n t (i² + o²) for the triangles of A and G,
+    where an ordinary backward pass spends 2 n t i o on weight gradients: as much for a square
+    layer, (r + 1/r) / 2 times as much for o = r i, and n t i² less for each layer that
+    shares its A with another. Memory: activations that the backward pass needs, triangles of
+    4 (i² + o²) / 2 bytes in fp32, and one layer's gradient at a time; bytes moved are those of a
+    forward and a backward pass, with a and g read once more while they are in cache. Before the
+    first batch two of its samples pass the model twice (the survey).
 
     K-FAC drops the terms between layers, so it does not see that a symmetry spanning two layers is
     null: use ``dd.ray_curvature`` for those directions.
@@ -336,7 +351,8 @@ def kron_factors(
     if not found.layers:
         raise ValueError("model: none of its modules is a layer that factors are known for")
     index = 0
-    total = len(batches) if hasattr(batches, "__len__") and not torch.is_tensor(batches) else None
+    one = isinstance(batches, (Tensor, Mapping))
+    total = 1 if one else len(batches) if hasattr(batches, "__len__") else None
     with Pass(model, found, settings) as work, _progress(progress) as bar:
         task = bar.add_task("factors", total=total)
         batch: Batch | None = first

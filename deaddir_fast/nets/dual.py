@@ -15,7 +15,7 @@ from torch import Tensor, fx
 from torch.utils import _pytree as pytree
 
 from deaddir_fast.nets import attention, dual_rules
-from deaddir_fast.nets.dual_values import Context, Discrete, Dual, to_dual
+from deaddir_fast.nets.dual_values import Context, Discrete, Dual, still, to_dual
 from deaddir_fast.nets.graph import Capture
 from deaddir_fast.nets.weights import Directions, Points, RankOne, Weight, runs
 
@@ -34,9 +34,9 @@ def parameter_values(
             assert not isinstance(u, RankOne)
             wide = u.repeat_interleave(points.r, 0)
             ones = (1,) * base.ndim
-            values[name] = Dual(
-                base, wide * points.value.view(-1, *ones), wide * points.tangent.view(-1, *ones)
-            )
+            dot = wide * points.tangent.view(-1, *ones)
+            moved = Dual(base, wide * points.value.view(-1, *ones), dot)
+            values[name] = still(base, dot) if points.still else moved
     return values
 
 
@@ -82,7 +82,7 @@ def run(
     if isinstance(output, Tensor):
         ctx.notes.add("the output does not depend on the parameters these directions move")
         zero = output.new_zeros(()).expand(points.count, *output.shape)
-        output = Dual(output, zero, zero)
+        output = still(output, zero) if points.still else Dual(output, zero, zero)
     return output, ctx.notes
 
 
@@ -100,12 +100,12 @@ def _attention_scratch(node: fx.Node) -> int:
     return attention.scratch_elements(shape, query.device.type) * query.element_size()
 
 
-def working_bytes(capture: Capture, moved: set[str]) -> tuple[int, int]:
+def working_bytes(capture: Capture, moved: set[str], still: bool) -> tuple[int, int]:
     """Estimate the memory of :func:`run` for the captured number of samples.
 
     Counts what is alive at once along the graph: values that depend on the moved parameters are
-    held as difference and derivative per point, and the operation in progress may need a few more
-    of that size for its temporaries.
+    held as difference and derivative per point (only the latter where every radius is 0:
+    ``still``), and the operation in progress may need a few more of that size for its temporaries.
 
     Returns:
         (bytes per point, bytes shared by all points).
@@ -125,7 +125,7 @@ def working_bytes(capture: Capture, moved: set[str]) -> tuple[int, int]:
             elif node.op == "call_function" and any(x in moving or x in weights for x in inputs):
                 moving.add(node)
             size = _extent(node.meta.get("val"))
-            per_point = 2 * size if node in moving else 0
+            per_point = (1 if still else 2) * size if node in moving else 0
             if node in weights or (node.op == "placeholder" and node not in moving):
                 size = 0
             alive[node] = (per_point, size)

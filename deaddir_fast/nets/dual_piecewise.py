@@ -18,12 +18,24 @@ from deaddir_fast.nets.dual_registry import (
     parts,
     rule,
 )
-from deaddir_fast.nets.dual_values import Context, Discrete, Dual, discrete, fill, lift, to_dual
+from deaddir_fast.nets.dual_values import (
+    Context,
+    Discrete,
+    Dual,
+    Still,
+    discrete,
+    fill,
+    lift,
+    still,
+    to_dual,
+)
 
 
 @rule("relu")
 def _relu(ctx: Context, op: Any, x: Any) -> Any:
     note_kink(ctx, "relu", x.base, x.dot)
+    if isinstance(x, Still):
+        return still(op(x.base), aten.threshold_backward(x.dot, x.base.unsqueeze(0), 0))
     # relu(a + d) - relu(a) = max(d, -a) + min(a, 0), and relu(a + d) = max(d, -a) + a exactly at 0
     delta = torch.maximum(x.delta, -x.base)
     dot = aten.threshold_backward(x.dot, delta + x.base, 0)
@@ -110,9 +122,10 @@ def _maximum(ctx: Context, op: Any, a: Any, b: Any) -> Any:
 
 def _take(x: Dual, index: Tensor, dim: int, base: Tensor, index0: Tensor) -> Dual:
     """Values at a selected index per point, (P, *S) along ``dim`` of S."""
-    wide = x.base.expand(x.delta.shape)
+    index = index.expand(len(x.dot), *index.shape[1:])
+    wide = x.base.expand(x.dot.shape)
     jump = wide.gather(dim + 1, index) - x.base.gather(dim, index0)
-    delta = x.delta.gather(dim + 1, index) + jump
+    delta = x.delta.expand_as(x.dot).gather(dim + 1, index) + jump
     return Dual(base, delta, x.dot.gather(dim + 1, index))
 
 
@@ -186,4 +199,4 @@ def _steps(ctx: Context, op: Any, x: Any, *args: Any, **kwargs: Any) -> Any:
         return NotImplemented
     base = op(x.base, *args, **kwargs)
     delta = op(x.at_points(), *args, **kwargs) - base
-    return Dual(base, delta, torch.zeros_like(delta))
+    return Dual(base, delta, torch.zeros_like(x.dot))

@@ -14,8 +14,8 @@ from torch import Tensor
 from deaddir_fast.nets import dual_elementwise
 from deaddir_fast.nets.dual_registry import at_base, aten, bases, moving, operands, parts, rule
 from deaddir_fast.nets.dual_smooth import elementwise
-from deaddir_fast.nets.dual_values import Context, Discrete, Dual, fill, lift, to_dual
-from deaddir_fast.nets.weights import Run, Weight
+from deaddir_fast.nets.dual_values import Context, Discrete, Dual, Still, fill, lift, still, to_dual
+from deaddir_fast.nets.weights import Run, Weight, no_difference
 
 
 def add_parts(a: Tensor | None, b: Tensor | None, alpha: Any, shape: torch.Size) -> Tensor:
@@ -67,6 +67,12 @@ def product(form: Callable[[Any, Any], Tensor], a: Any, b: Any) -> Dual:
     """A bilinear form of two values, at least one moving; ``form`` broadcasts leading P."""
     (a0, da, ta), (b0, db, tb) = parts(a), parts(b)
     base = form(a0, b0)
+    if isinstance(a, Still) or isinstance(b, Still):
+        dot = None if ta is None else form(ta, b0)
+        if tb is not None:
+            dot = form(a0, tb) if dot is None else form(a0, tb).add_(dot)
+        assert dot is not None
+        return still(base, dot)
     if da is None:
         return Dual(base, form(a0, db), form(a0, tb))
     if db is None:
@@ -87,7 +93,8 @@ def _mul(ctx: Context, op: Any, a: Any, b: Any) -> Any:
     base = op(*bases((a, b)))
     n = base.ndim
     raised = [
-        Dual(x.base, lift(x.delta, n), lift(x.dot, n)) if isinstance(x, Dual) else x for x in (a, b)
+        type(x)(x.base, lift(x.delta, n), lift(x.dot, n)) if isinstance(x, Dual) else x
+        for x in (a, b)
     ]
     out = product(torch.mul, *raised)
     return Dual(base, fill(out.delta, base.shape), fill(out.dot, base.shape))
@@ -259,7 +266,9 @@ def _conv_rank_one(
         tangent = points.tangent[at].view(-1, 1, 1, *along)
         s = conv(x0, kernel).unsqueeze(0)
         v = run.v[d].view(-1, *along)
-        if dx is None:
+        if points.still:
+            out[1][at] += (tangent * s) * v
+        elif dx is None:
             out[0][at] += (value * s) * v
             out[1][at] += (tangent * s) * v
         else:
@@ -275,14 +284,16 @@ def _conv_full(ctx: Context, conv: _Conv, w: Weight, run: Run, x: Any, out: list
     for d in range(run.stop - run.start):
         kernel = kernels[d].view(w.shape)
         start = (run.start + d) * points.r
-        still = conv(x0, kernel)
+        unmoved = conv(x0, kernel)
         for j in range(start, start + points.r):
             value, tangent = points.value[j], points.tangent[j]
-            if dx is None:
-                out[0][j] += value * still
-                out[1][j] += tangent * still
+            if points.still:
+                out[1][j] += tangent * unmoved
+            elif dx is None:
+                out[0][j] += value * unmoved
+                out[1][j] += tangent * unmoved
             else:
-                moved = still + conv(dx[j], kernel)
+                moved = unmoved + conv(dx[j], kernel)
                 out[0][j] += value * moved
                 out[1][j] += tangent * moved + value * conv(tx[j], kernel)
 
@@ -295,7 +306,10 @@ def _convolution(ctx: Context, op: Any, x: Any, w: Any, bias: Any, *args: Any) -
     if isinstance(x, (Discrete, Weight)) or x0.ndim != len(args[0]) + 2:
         return NotImplemented
     w0 = w.base if moving(w) else w
-    if dx is not None:
+    if ctx.points.still:
+        dot = base.new_zeros(ctx.points.count, *base.shape) if tx is None else conv.points(tx, w0)
+        out = [no_difference(base), dot]
+    elif dx is not None:
         out = [conv.points(dx, w0), conv.points(tx, w0)]
     else:
         out = [base.new_zeros(ctx.points.count, *base.shape) for _ in range(2)]
@@ -305,6 +319,9 @@ def _convolution(ctx: Context, op: Any, x: Any, w: Any, bias: Any, *args: Any) -
             (_conv_rank_one if low else _conv_full)(ctx, conv, w, run, x, out)
     elif isinstance(w, Dual):
         for j in range(ctx.points.count):
+            if ctx.points.still:
+                out[1][j] += conv(x0, w.dot[j])
+                continue
             kernel, slope = w.delta[j], w.dot[j]
             moved = x0 if dx is None else x0 + dx[j]
             out[0][j] += conv(moved, kernel)

@@ -4,7 +4,8 @@ A rule takes the context, the operation and its arguments, some of which move (:
 :class:`Discrete`, :class:`Weight`), and returns the moved result or ``NotImplemented``; the
 interpreter then falls back to a plain difference and says so. Every rule is exact in the
 difference: bilinear operations expand it, linear ones pass it on, piecewise ones compare at the
-point and are exact on each piece.
+point and are exact on each piece. Where every radius is 0, values are :class:`Still`: there is one
+zero difference for all points, to be broadcast or left out.
 """
 
 from __future__ import annotations
@@ -72,7 +73,10 @@ def parts(x: Any) -> tuple[Any, Any, Any]:
 
 def note_kink(ctx: Context, name: str, distance: Tensor, dot: Tensor) -> None:
     """Report readings at radius 0 where a unit sits on a kink (``distance`` 0) and moves."""
-    if ctx.points.at_base and bool(((distance == 0) & (dot != 0)).any()):
+    if not ctx.points.at_base:
+        return
+    on = distance == 0
+    if bool(on.any()) and bool((on & (dot != 0)).any()):
         ctx.notes.add(
             f"at radius 0 some units sit on the kink of {name}: the curvature there takes torch's "
             "convention for the derivative, not a one-sided one"

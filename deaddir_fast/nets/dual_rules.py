@@ -16,7 +16,16 @@ from deaddir_fast.nets import (
     dual_smooth,
 )
 from deaddir_fast.nets.dual_registry import RULES, at_base, aten, moving
-from deaddir_fast.nets.dual_values import Context, Discrete, Dual, Value, discrete, to_dual
+from deaddir_fast.nets.dual_values import (
+    Context,
+    Discrete,
+    Dual,
+    Still,
+    Value,
+    discrete,
+    still,
+    to_dual,
+)
 from deaddir_fast.nets.weights import Weight
 
 # importing fills the table
@@ -38,8 +47,8 @@ def fallback(ctx: Context, op: Any, args: tuple[Any, ...], kwargs: dict[str, Any
     smooth = [y.is_floating_point() or y.is_complex() for y in outputs]
     duals = [i for i, x in enumerate(leaves) if isinstance(x, Dual)]
     steps = [i for i, x in enumerate(leaves) if isinstance(x, Discrete)]
-    values = [leaves[i].at_points() for i in duals]
     dots = [leaves[i].dot for i in duals]
+    values = [leaves[i].at_points().expand_as(leaves[i].dot) for i in duals]
     picks = [leaves[i].point for i in steps]
 
     def call(xs: Any, picked: Any) -> tuple[Tensor, ...]:
@@ -82,7 +91,7 @@ def fallback(ctx: Context, op: Any, args: tuple[Any, ...], kwargs: dict[str, Any
     for y, point, is_smooth in zip(outputs, points, smooth, strict=True):
         if is_smooth:
             dot = next(slope) if duals else torch.zeros_like(point)
-            if duals:
+            if duals and not ctx.points.still:
                 ctx.notes.add(f"{op} has no exact rule: its difference is a rounded subtraction")
             results.append(Dual(y, point - y, dot))
         else:
@@ -102,12 +111,28 @@ def apply(ctx: Context, op: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) 
         args, kwargs = pytree.tree_map(
             lambda x: to_dual(x) if isinstance(x, Weight) else x, (args, kwargs)
         )
+    if ctx.points.still and op.namespace != "aten":  # its rule may index differences by point
+        args, kwargs = pytree.tree_map(_spread, (args, kwargs))
     rule = RULES.get(packet)
-    if rule is not None:
-        result = rule(ctx, op, *args, **kwargs)
-        if result is not NotImplemented:
-            return result
-    return fallback(ctx, op, args, kwargs)
+    result = NotImplemented if rule is None else rule(ctx, op, *args, **kwargs)
+    if result is NotImplemented:
+        result = fallback(ctx, op, args, kwargs)
+    return _without_difference(ctx, op, result) if ctx.points.still else result
+
+
+def _spread(x: Any) -> Any:
+    return Dual(x.base, x.delta.expand_as(x.dot), x.dot) if isinstance(x, Still) else x
+
+
+def _without_difference(ctx: Context, op: Any, result: Any) -> Any:
+    """Drop the differences of an operation's result at theta0."""
+    if isinstance(result, (tuple, list)):
+        return tuple(_without_difference(ctx, op, x) for x in result)
+    if not isinstance(result, Dual):
+        return result
+    if len(result.dot) != ctx.points.count:
+        raise AssertionError(f"{op}: {len(result.dot)} derivatives at {ctx.points.count} points")
+    return still(result.base, result.dot)
 
 
 _WEIGHT_RULES = {

@@ -3,7 +3,8 @@
 A node that depends on the perturbed parameters is y(theta0) (shared by all points), the
 difference y(theta0 + r u) - y(theta0) and the derivative d/dr y(theta0 + r u). Carrying the
 difference itself, and never forming it by subtraction, is what keeps divergences of 1e-30
-accurate. (Our choice; index letters: P points, S the shape of the node.)
+accurate. Where every radius is 0 the difference is zero at every point, and a single zero stands
+for all of them. (Our choice; index letters: P points, S the shape of the node.)
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from deaddir_fast.nets.weights import Points, Weight
+from deaddir_fast.nets.weights import Points, Weight, no_difference
 
 
 @dataclass(frozen=True)
@@ -27,6 +28,24 @@ class Dual:
     def at_points(self) -> Tensor:
         """The value at the points, (P, *S)."""
         return self.base + self.delta
+
+
+@dataclass(frozen=True)
+class Still(Dual):
+    """A differentiable value at theta0 itself: delta is a zero (1, *S) that takes no memory.
+
+    Rules may ignore it, or broadcast it with ``dot`` at the price of one more point: what they
+    return as a difference is dropped.
+    """
+
+    def at_points(self) -> Tensor:
+        """The value at all points, (1, *S)."""
+        return self.base.unsqueeze(0)
+
+
+def still(base: Tensor, dot: Tensor) -> Still:
+    """A value at theta0 from its derivative (P, *S)."""
+    return Still(base, no_difference(base), dot)
 
 
 @dataclass(frozen=True)
@@ -69,7 +88,7 @@ def fill(x: Tensor, shape: torch.Size) -> Tensor:
 def to_dual(x: Dual | Discrete | Weight, dtype: torch.dtype | None = None) -> Dual:
     """Any moving value as a :class:`Dual` (weights become dense, discrete values steps)."""
     if isinstance(x, Weight):
-        return Dual(x.base, *x.dense())
+        return (Still if x.points.still else Dual)(x.base, *x.dense())
     if isinstance(x, Discrete):
         kind = dtype or torch.get_default_dtype()
         base, point = x.base.to(kind), x.point.to(kind)

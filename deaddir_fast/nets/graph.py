@@ -252,6 +252,10 @@ class Capture:
         return [x for x in pytree.tree_leaves(inputs) if isinstance(x, Tensor)]
 
 
+def _mutates(node: fx.Node) -> bool:
+    return isinstance(node.target, torch._ops.OpOverload) and node.target._schema.is_mutable
+
+
 def _last_uses(graph: fx.Graph) -> dict[fx.Node, tuple[fx.Node, ...]]:
     seen: set[fx.Node] = set()
     dead: dict[fx.Node, tuple[fx.Node, ...]] = {}
@@ -309,8 +313,9 @@ def capture(
             module = make_fx(functionalize(forward), decomposition_table=_decompositions())(
                 *example
             )
-            # Decompositions may themselves mutate temporaries: once more, without them.
-            module = make_fx(functionalize(module))(*example)
+            if any(_mutates(node) for node in module.graph.nodes):
+                # Decompositions may themselves mutate temporaries: once more, without them.
+                module = make_fx(functionalize(module))(*example)
     except RuntimeError as error:
         if "tracing tensor" not in str(error):
             raise

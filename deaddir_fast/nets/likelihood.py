@@ -143,16 +143,29 @@ class Categorical(Likelihood):
 
     def label(self, z: Tensor, noise: Tensor) -> Tensor:
         """Class indices (...) by inverting the cumulative distribution."""
-        cumulative = torch.softmax(z.double(), -1).cumsum(-1)
-        return (cumulative < noise.unsqueeze(-1) * cumulative[..., -1:]).sum(-1)
+        return self.label_of(torch.softmax(z, -1), noise)
 
     def score(self, z: Tensor, y: Tensor) -> Tensor:
         """onehot(y) - p, with 1 - p_y as the sum of the other probabilities."""
-        p = torch.softmax(z, -1)
-        y = y.expand(z.shape[:-1])
-        mask = F.one_hot(y, z.shape[-1]).to(torch.bool)
-        rest = p.masked_fill(mask, 0.0).sum(-1, keepdim=True)
-        return torch.where(mask, rest, -p)
+        return self.score_of_(torch.softmax(z, -1), y)
+
+    @staticmethod
+    def label_of(p: Tensor, noise: Tensor) -> Tensor:
+        """Class indices (...) from probabilities (..., c)."""
+        cumulative = p.cumsum(-1, dtype=torch.float64)
+        limit = noise.unsqueeze(-1) * cumulative[..., -1:]
+        shape = torch.broadcast_shapes(cumulative.shape[:-1], limit.shape[:-1])
+        cumulative = cumulative.expand(*shape, p.shape[-1]).contiguous()
+        found = torch.searchsorted(cumulative, limit.expand(*shape, 1).contiguous()).squeeze(-1)
+        return found.clamp_(max=p.shape[-1] - 1)  # of NaN it is c
+
+    @staticmethod
+    def score_of_(p: Tensor, y: Tensor) -> Tensor:
+        """Scores (..., c) in the place of probabilities."""
+        index = y.expand(p.shape[:-1]).unsqueeze(-1)
+        p.scatter_(-1, index, 0.0)
+        rest = p.sum(-1, keepdim=True)
+        return p.neg_().scatter_(-1, index, rest)
 
 
 class Gaussian(Likelihood):

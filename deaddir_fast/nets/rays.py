@@ -22,14 +22,17 @@ from deaddir_fast import _check
 from deaddir_fast.nets import dual, graph
 from deaddir_fast.nets import likelihood as likelihoods
 from deaddir_fast.nets.attention import whole_attention
+from deaddir_fast.nets.dual_values import Still
 from deaddir_fast.nets.weights import Directions, Points, RankOne, check_directions, weight_bytes
+from deaddir_fast.ops import softmax_fisher
 
 KINDS = ("exact", "mc", "empirical")
 
 # Bytes of one pass on a CPU, small enough to stay in cache and in memory the allocator reuses.
-# Full-rank directions form W0 + r U once per pass, which more samples have to pay for.
-_CPU_WORKING_SET = {"low": 30 << 20, "full": 240 << 20}
-_FEWEST_SAMPLES = {"low": 16, "full": 256}
+# Full-rank directions form W0 + r U once per pass, or read U once, which more samples have to pay
+# for. At radius 0 little is done per value next to the products, which more samples speed up.
+_CPU_WORKING_SET = {"low": 30 << 20, "still": 60 << 20, "full": 240 << 20}
+_FEWEST_SAMPLES = {"low": 16, "still": 32, "full": 256}
 
 
 @dataclass(frozen=True)
@@ -202,7 +205,7 @@ def _plan(
 def _divisor(n: int, largest: int) -> int:
     """A chunk size that cuts n evenly if one is near ``largest``: every size is one capture."""
     largest = min(n, largest)
-    for size in range(largest, largest * 2 // 3, -1):
+    for size in range(largest, largest // 2, -1):
         if n % size == 0:
             return size
     return largest
@@ -266,6 +269,17 @@ def _check_targets(targets: Any, z: Tensor, n: int, likelihood: likelihoods.Like
     return targets.double()
 
 
+@dataclass
+class Recording:
+    """Captures of one model that several calls share; its parameters must stay what they are.
+
+    Attributes:
+        captures: by number of samples, with all parameters exposed.
+    """
+
+    captures: dict[int, graph.Capture] = field(default_factory=dict)
+
+
 class _Rays:
     """One call of :func:`ray_curvature`: the model, its captures and what is read from them."""
 
@@ -275,11 +289,12 @@ class _Rays:
         inputs: Any,
         directions: Directions,
         likelihood: likelihoods.Likelihood,
+        recording: Recording | None,
     ) -> None:
         self.model, self.inputs, self.directions = model, inputs, directions
         self.likelihood = likelihood
-        self.names = tuple(directions.slices)
-        self.captures: dict[int, graph.Capture] = {}
+        self.names = tuple(directions.slices) if recording is None else None
+        self.captures = {} if recording is None else recording.captures
         self.notes: set[str] = set()
         self.checked = False
 
@@ -356,7 +371,7 @@ def ray_curvature(
     The exact Fisher takes no labels, draws no samples and stores no activations: all points of a
     chunk go through one dual forward (:mod:`deaddir_fast.nets.dual`) and the likelihood closes the
     expectation. Differences of outputs are propagated, not subtracted, so that in fp64 a KL of
-    1e-30 is still relatively accurate.
+    1e-30 is still relatively accurate. Where every radius is 0 only derivatives are propagated.
 
     Args:
         model: a module in eval mode with fp64 (exact) or fp32 (labelled) parameters. Half
@@ -386,6 +401,31 @@ def ray_curvature(
         TypeError, ValueError: naming the argument that is wrong.
         NotImplementedError: naming an operation that torch cannot differentiate forward.
     """
+    return read_rays(
+        model, inputs, directions, radii, likelihood, fisher, targets, draws, seed, memory_budget
+    )[0]
+
+
+def read_rays(
+    model: nn.Module,
+    inputs: Any,
+    directions: Mapping[str, Tensor | RankOne],
+    radii: Any,
+    likelihood: str | likelihoods.Likelihood,
+    fisher: str,
+    targets: Tensor | None,
+    draws: int,
+    seed: int,
+    memory_budget: int | None,
+    *,
+    keep: bool = False,
+    recording: Recording | None = None,
+) -> tuple[RayCurvature, Tensor | None]:
+    """What :func:`ray_curvature` returns and, if asked to ``keep`` it, the curvature per sample.
+
+    The latter is (p, r, n), fp64 on the CPU. Calls for one model and inputs of one kind may share
+    a ``recording``.
+    """
     parameters, dtype = _check_model(model, inputs)
     n = graph.batch_size(inputs)
     if n == 0:
@@ -406,14 +446,14 @@ def ray_curvature(
     order = rays.order()
     rays = rays if bool((order == torch.arange(rays.count)).all()) else rays.take(order)
     with _full_precision(device):
+        work = _Rays(model, inputs, rays, lik, recording)
         return _read(
-            model, inputs, rays, order, grid, lik, fisher, targets, draws, seed, budget, dtype
+            work, rays, order, grid, lik, fisher, targets, draws, seed, budget, dtype, keep
         )
 
 
 def _read(
-    model: nn.Module,
-    inputs: Any,
+    work: _Rays,
     rays: Directions,
     order: Tensor,
     radii: Tensor,
@@ -424,22 +464,25 @@ def _read(
     seed: int,
     budget: int,
     dtype: torch.dtype,
-) -> RayCurvature:
+    keep: bool,
+) -> tuple[RayCurvature, Tensor | None]:
+    inputs = work.inputs
     n, p, r = graph.batch_size(inputs), rays.count, len(radii)
-    work = _Rays(model, inputs, rays, lik)
     few = min(n, 2)
     probe = work.capture(graph.slice_batch(inputs, 0, few))
     z = _sample_output(probe)
     _outputs(z, few, isinstance(lik, likelihoods.Categorical))
-    per_point, shared = (x / few for x in dual.working_bytes(probe, set(rays.slices)))
+    still = not bool(radii.any())
+    per_point, shared = (x / few for x in dual.working_bytes(probe, set(rays.slices), still))
     per_point += 8 * 6 * (z.numel() // few)
     on_cpu = z.device.type == "cpu"
-    fixed = weight_bytes(rays, probe.parameters, r)
+    formed = weight_bytes(rays, probe.parameters, r)
+    fixed = 0 if still else formed  # products with W + r U only form it for other radii
     room = budget - fixed
     if room < per_point + shared:
         need = int(fixed + per_point + shared) + 1
         raise _check.fail("memory_budget", budget, f"at least {need} bytes (one sample, one point)")
-    structure = "full" if fixed else "low"
+    structure = "full" if formed else "still" if still else "low"
     target = min(room, _CPU_WORKING_SET[structure]) if on_cpu else room
     fewest = _FEWEST_SAMPLES[structure]
     samples, some, radii_at_once = _plan(n, p, r, per_point, shared, room, target, fewest)
@@ -449,6 +492,7 @@ def _read(
 
     like = next(iter(probe.parameters.values()), z)
     moments = torch.zeros(4, p, r, dtype=torch.float64)
+    each = torch.empty(p, r, n, dtype=torch.float64) if keep else None
     parts = _even(n, samples)
     cuts = [(d, q) for d in _even(p, some) for q in _even(r, radii_at_once)]
     most = max(stop - start for start, stop in parts)
@@ -469,7 +513,10 @@ def _read(
             if targets is not None:
                 labels = [targets[start:stop]]
             f, k = _readings(lik, kind, out, labels)
-            curvature.add(f.cpu())
+            f = f.cpu()
+            if each is not None:
+                each[a:b, u:v, start:stop] = f.view(b - a, v - u, -1)
+            curvature.add(f)
             divergence.add(k.cpu())
         found = (curvature.mean, curvature.stderr(), divergence.mean, divergence.stderr())
         moments[:, a:b, u:v] = torch.stack(found).view(4, b - a, v - u)
@@ -483,7 +530,7 @@ def _read(
         work.notes.add("one sample: no standard error")
     estimate = int(most * (wide * deep * per_point + shared) + fixed)
     chunking = Chunking(most, wide, deep, len(cuts) * len(parts), estimate, budget)
-    return RayCurvature(
+    result = RayCurvature(
         radii,
         f,
         k,
@@ -496,6 +543,7 @@ def _read(
         chunking,
         tuple(sorted(work.notes)),
     )
+    return result, None if each is None else each[back]
 
 
 def _sample_output(capture: graph.Capture) -> Tensor:
@@ -518,15 +566,23 @@ def _readings(
     lik: likelihoods.Likelihood, kind: str, out: dual.Dual, labels: list[Tensor]
 ) -> tuple[Tensor, Tensor]:
     """Per-sample curvature and divergence, (P, n) each, in fp64."""
-    z0, delta, dot = out.base.double(), out.delta.double(), out.dot.double()
-    if z0.ndim == 1:
-        z0, delta, dot = z0.unsqueeze(-1), delta.unsqueeze(-1), dot.unsqueeze(-1)
-        labels = [y.unsqueeze(-1) if y.ndim == 1 else y for y in labels]
 
     def per_sample(x: Tensor) -> Tensor:
         return x.flatten(2).sum(2) if x.ndim > 2 else x
 
-    k = per_sample(lik.kl(z0, delta))
+    z0 = out.base.double()
+    still = isinstance(out, Still)
+    if still and kind == "exact" and isinstance(lik, likelihoods.Categorical):
+        classes = z0.shape[-1]
+        f = softmax_fisher(z0.reshape(-1, classes), out.dot.reshape(len(out.dot), -1, classes))
+        f = per_sample(f.view(out.dot.shape[:-1]))
+        return f, torch.zeros_like(f)
+    delta, dot = out.delta.double(), out.dot.double()
+    if z0.ndim == 1:
+        z0, delta, dot = z0.unsqueeze(-1), delta.unsqueeze(-1), dot.unsqueeze(-1)
+        labels = [y.unsqueeze(-1) if y.ndim == 1 else y for y in labels]
+
+    k = dot.new_zeros(dot.shape[:2]) if still else per_sample(lik.kl(z0, delta))
     z = z0 + delta
     if kind == "exact":
         return per_sample(lik.fisher(z, dot)), k

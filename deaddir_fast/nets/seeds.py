@@ -4,8 +4,9 @@ For an output z with Fisher H(z), seeds v_1, v_2, … satisfy Σ v vᵀ = H, exa
 backward pass of each gives the gradients of which K-FAC's G consists.
 
 - exact (type 2): the columns of a square root of H, one pass for each. A softmax over c classes
-  has c − 1: the sequential binomials of a multinomial, v_j = √(p_j / (s_j s_{j+1})) (s_{j+1} e_j −
-  Σ_{k>j} p_k e_k) with tail sums s_j = Σ_{k≥j} p_k, all terms positive, so nothing cancels.
+  has c − 1: the sequential binomials of a multinomial, v_j = √(p_j s_{j+1} / s_j) (e_j −
+  Σ_{k>j} (p_k / s_{j+1}) e_k) with tail sums s_j = Σ_{k≥j} p_k of positive terms, the likeliest
+  class last.
 - mc: scores of labels drawn from the model. Each sample has random numbers of its own, so that
   the result depends on neither the batch size nor the padding.
 - empirical: scores of the data's labels; not the Fisher matrix (its rates differ).
@@ -14,34 +15,37 @@ backward pass of each gives the gradients of which K-FAC's G consists.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from deaddir_fast import _check
-from deaddir_fast.nets.likelihood import Categorical, Likelihood
+from deaddir_fast.nets import counter
+from deaddir_fast.nets.likelihood import Bernoulli, Categorical, Gaussian, Likelihood, Poisson
 
-_ROWS_AT_ONCE = 1 << 25  # numbers of a block of outputs
+#: Numbers of a block of outputs: small enough for the tables of it to stay in cache.
+_AT_ONCE = 1 << 18
 _GOLDEN = 0x9E3779B97F4A7C15
 
 
 def exact_count(z: Tensor, likelihood: Likelihood) -> int:
     """Number of backward passes for outputs (n, ..., c)."""
-    positions = z[0, ..., 0].numel()
+    positions = z.shape[1:-1].numel()
     return positions * (z.shape[-1] - (1 if isinstance(likelihood, Categorical) else 0))
 
 
 def exact(z: Tensor, likelihood: Likelihood, mask: Tensor | None = None) -> Iterator[Tensor]:
     """Columns of a square root of H, one position at a time; each of the shape of z."""
     n, c = z.shape[0], z.shape[-1]
-    flat = z.detach().reshape(n, -1, c)
-    live = None if mask is None else mask.reshape(n, -1)
+    flat = z.detach().reshape(n, z.shape[1:-1].numel(), c)
+    live = None if mask is None else mask.to(z.device).reshape(n, flat.shape[1])
     for s in range(flat.shape[1]):
         if live is not None and not bool(live[:, s].any()):
             continue
         for column in _columns(flat[:, s], likelihood):
             seed = torch.zeros_like(flat)
-            seed[:, s] = column if live is None else column * live[:, s, None]
+            seed[:, s] = column if live is None else column.masked_fill(~live[:, s, None], 0)
             yield seed.view_as(z)
 
 
@@ -50,16 +54,24 @@ def _columns(z: Tensor, likelihood: Likelihood) -> Iterator[Tensor]:
     c = z.shape[1]
     if isinstance(likelihood, Categorical):
         p = torch.softmax(wide, -1)
+        # The likeliest class last, so that no tail is small: products of two rare classes would
+        # otherwise be differences of much larger numbers.
+        swap = torch.arange(c, device=z.device).expand_as(p).clone()
+        top = p.argmax(-1, keepdim=True)
+        swap[:, -1:] = top
+        swap.scatter_(1, top, c - 1)
+        p = p.gather(1, swap)
         tail = p.flip(-1).cumsum(-1).flip(-1)
+        # Quotients of tails, not their products, which underflow long before the entries do.
+        size = (p[:, :-1] * (tail[:, 1:] / tail[:, :-1])).sqrt()
         for j in range(c - 1):
-            both = tail[:, j] * tail[:, j + 1]
-            size = torch.where(both > 0, p[:, j] / both, 0.0).sqrt()
             column = torch.zeros_like(p)
-            column[:, j] = tail[:, j + 1]
-            column[:, j + 1 :] = -p[:, j + 1 :]
-            yield (column * size.unsqueeze(1)).to(z.dtype)
+            column[:, j] = size[:, j]
+            column[:, j + 1 :] = p[:, j + 1 :] / tail[:, j + 1, None] * -size[:, j, None]
+            yield column.gather(1, swap).to(z.dtype)
         return
-    transpose = torch.func.vjp(lambda d: likelihood.whiten(wide, d), torch.zeros_like(wide))[1]
+    zero = torch.zeros_like(wide)
+    transpose: Any = torch.func.vjp(lambda d: likelihood.whiten(wide, d), zero)[1]
     for j in range(c):
         unit = torch.zeros_like(wide)
         unit[:, j] = 1
@@ -71,6 +83,9 @@ def noise(
 ) -> Tensor:
     """Random numbers for one draw of labels; those of a sample depend on its index only.
 
+    The likelihoods of this package take them from :mod:`deaddir_fast.nets.counter`. Another one
+    draws its own, with a generator for each sample.
+
     Args:
         z: (n, ..., c) outputs.
         likelihood: whose labels they determine.
@@ -78,8 +93,32 @@ def noise(
         draw, seed: which draw, and the seed of the run.
         mask: (n, ...) which positions count; numbers are given to those in order.
     """
+    n, c = z.shape[0], z.shape[-1]
+    kind = _kind(likelihood)
+    if kind is None:
+        return _drawn(z, likelihood, first, draw, seed, mask)
+    live = torch.ones(z.shape[:-1], dtype=torch.int64, device=z.device) if mask is None else mask
+    ranks = live.to(z.device).reshape(n, z.shape[1:-1].numel()).cumsum(1) - 1
+    samples = torch.arange(first, first + n, device=z.device)
+    word = counter.words(seed, draw, samples, ranks, None if kind is Categorical else c)
+    if kind is Gaussian:
+        return counter.normal(word).to(z.dtype).view(z.shape)
+    return counter.uniform(word).view(z.shape[:-1] if kind is Categorical else z.shape)
+
+
+def _kind(likelihood: Likelihood) -> type[Likelihood] | None:
+    """Which of the package's likelihoods has the noise of this one."""
+    own = type(likelihood).noise
+    kinds: tuple[type[Likelihood], ...] = (Categorical, Gaussian, Bernoulli, Poisson)
+    return next((kind for kind in kinds if own is kind.noise), None)
+
+
+def _drawn(
+    z: Tensor, likelihood: Likelihood, first: int, draw: int, seed: int, mask: Tensor | None
+) -> Tensor:
+    """Noise of a likelihood that draws its own, one generator a sample."""
     c = z.shape[-1]
-    positions = z[0, ..., 0].numel()
+    positions = z.shape[1:-1].numel()
     rows = []
     for k in range(z.shape[0]):
         generator = torch.Generator().manual_seed(
@@ -116,9 +155,11 @@ def empirical(z: Tensor, likelihood: Likelihood, targets: Tensor, mask: Tensor |
         # The label that cross-entropy ignores by convention.
         ignored = targets == -100
         if bool(ignored.any()):
-            mask = ~ignored if mask is None else mask & ~ignored
+            kept = ~ignored.to(z.device)
+            mask = kept if mask is None else mask.to(z.device) & kept
             targets = targets.masked_fill(ignored, 0)
-        low, high = int(targets.min()), int(targets.max())
+        targets = targets.long()
+        low, high = (int(targets.min()), int(targets.max())) if targets.numel() else (0, 0)
         if low < 0 or high >= z.shape[-1]:
             raise ValueError(
                 f"targets: expected class indices in 0..{z.shape[-1] - 1} (or -100: ignored), got "
@@ -134,12 +175,20 @@ def _by_rows(
     flat = z.detach().reshape(-1, c)
     rows = given.reshape(flat.shape[0], *given.shape[z.ndim - 1 :]).to(z.device)
     out = torch.empty_like(flat)
-    block = max(1, _ROWS_AT_ONCE // c)
+    block = max(1, _AT_ONCE // max(1, c))
+    # One softmax serves for the label and its score.
+    fused = type(likelihood) is Categorical
     for start in range(0, flat.shape[0], block):
         some = slice(start, start + block)
         wide = flat[some] if flat.dtype == torch.float64 else flat[some].float()
-        label = likelihood.label(wide, rows[some]) if draw else rows[some]
-        out[some] = likelihood.score(wide, label).to(out.dtype)
+        if fused:
+            p = torch.softmax(wide, -1)
+            label = Categorical.label_of(p, rows[some]) if draw else rows[some]
+            out[some] = Categorical.score_of_(p, label)
+        else:
+            label = likelihood.label(wide, rows[some]) if draw else rows[some]
+            out[some] = likelihood.score(wide, label)
     if mask is not None:
-        out.mul_(mask.reshape(-1, 1).to(out.dtype))
+        # Not a product: outputs of padding may be NaN.
+        out.masked_fill_(~mask.to(z.device).reshape(-1, 1), 0)
     return out.view_as(z)

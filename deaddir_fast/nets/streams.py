@@ -80,8 +80,8 @@ class Streams:
         for p in self._frozen:
             p.requires_grad_(False)
         # Key and value caches of language models would be built for nothing.
-        config = getattr(self.model, "config", None)
-        if config is not None and getattr(config, "use_cache", None):
+        config: Any = getattr(self.model, "config", None)
+        if getattr(config, "use_cache", None):
             self._cache, config.use_cache = config, False
         self._undo.append(slow_path())
         try:

@@ -99,7 +99,8 @@ def survey(
     if n == 0:
         raise _check.fail("inputs", inputs, "at least one sample")
     few = slice_batch(inputs, 0, n)
-    eps = max(torch.finfo(p.dtype).eps for p in model.parameters() if p.is_floating_point())
+    precisions = [torch.finfo(p.dtype).eps for p in model.parameters() if p.is_floating_point()]
+    eps = max(precisions, default=0.0)
     first, layouts = look_at(model, found, few, n, eps)
     seen = first.seen
     everything = {layer.name: layer for a in found.values() for layer in a.layers}

@@ -51,6 +51,22 @@ def rank_one_factors(u: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     The row and the column through the largest entry determine a rank-one matrix; it counts as
     exact where every entry agrees to a few roundings of the largest entry. Zero is rank one.
     """
+    v, w, worst, pivot = _cross(u)
+    return v, w, worst <= 8 * torch.finfo(u.dtype).eps * pivot
+
+
+def _clearly_not_rank_one(u: Tensor, norms: Tensor) -> Tensor:
+    """Where a few rows of matrices (p, o, i) of these norms (p,) already show it; (p,).
+
+    A cross through the largest of a few entries misses a rank-one matrix by a few times the
+    rounding of the largest entry of all, which the norm bounds.
+    """
+    _, _, worst, _ = _cross(u[:, :: -(-u.shape[1] // 8)])
+    return worst > 64 * torch.finfo(u.dtype).eps * norms.to(worst.device)
+
+
+def _cross(u: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """v (p, o), w (p, i), the largest error of v w^T and the largest entry, (p,) each."""
     p, _, i = u.shape
     flat = u.reshape(p, -1)
     at = flat.abs().argmax(1)
@@ -62,7 +78,7 @@ def rank_one_factors(u: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     worst = torch.stack(
         [(u[d] - torch.outer(v[d], w[d])).abs().max() for d in range(p)]  # one at a time: memory
     )
-    return v, w, worst <= 8 * torch.finfo(u.dtype).eps * pivot.abs()
+    return v, w, worst, pivot.abs()
 
 
 def _matrix(u: Tensor) -> Tensor:
@@ -127,6 +143,12 @@ def _checked_slice(name: str, u: Any, value: Tensor) -> Tensor | RankOne:
 def _square_norms(u: Tensor | RankOne) -> Tensor:
     if isinstance(u, RankOne):
         return _square_norms(u.v) * _square_norms(u.w)
+    if u.ndim > 2 and u.dtype == torch.float32:
+        # Rows in fp32, many times faster; entries whose squares underflow do not count then.
+        rows = torch.linalg.vector_norm(u.flatten(2), dim=2)
+        squares = rows.double().square().sum(1).cpu()
+        if bool(((squares > 1e-16) & (squares < 1e30)).all()):
+            return squares
     flat = u.reshape(len(u), -1)
     return torch.linalg.vector_norm(flat, dim=1, dtype=torch.float64).square().cpu()
 
@@ -174,10 +196,13 @@ def check_directions(directions: Any, parameters: Mapping[str, Tensor]) -> Direc
         if isinstance(u, RankOne):
             kind[:] = 1
         elif u.ndim > 2:
-            v, w, exact = rank_one_factors(_matrix(u))
-            kind[exact.cpu()] = 1
-            if bool(exact.all()):
-                slices[name] = RankOne(v, w)
+            maybe = ~_clearly_not_rank_one(_matrix(u), squares.sqrt())
+            if bool(maybe.any()):
+                whole = bool(maybe.all())
+                v, w, exact = rank_one_factors(_matrix(u if whole else u[maybe]))
+                kind[maybe.cpu().nonzero()[exact.cpu(), 0]] = 1
+                if whole and bool(exact.all()):
+                    slices[name] = RankOne(v, w)
         kind[squares == 0] = 0
         kinds[name] = kind
     norms = norms.sqrt()
@@ -198,6 +223,7 @@ class Points:
         value: (P,) what multiplies U in the perturbation, radius / |direction|.
         tangent: (P,) what multiplies U in the derivative, 1 / |direction|.
         at_base: whether some radius is 0.
+        still: whether every radius is 0: only derivatives are propagated then.
     """
 
     p: int
@@ -205,6 +231,7 @@ class Points:
     value: Tensor
     tangent: Tensor
     at_base: bool
+    still: bool
 
     @property
     def r(self) -> int:
@@ -222,7 +249,8 @@ class Points:
         value = (radii / norms.unsqueeze(1)).flatten().to(like.device, like.dtype)
         tangent = (1 / norms).repeat_interleave(len(radii)).to(like.device, like.dtype)
         radii = radii.to(like.device, like.dtype)
-        return cls(len(norms), radii, value, tangent, bool((radii == 0).any()))
+        at_base, still = bool((radii == 0).any()), not bool(value.any())
+        return cls(len(norms), radii, value, tangent, at_base, still)
 
     def part(self, start: int, stop: int) -> slice:
         """The points of directions ``start:stop``."""
@@ -278,6 +306,11 @@ def runs(u: Tensor | RankOne, kinds: Tensor) -> list[Run]:
     return found
 
 
+def no_difference(base: Tensor) -> Tensor:
+    """The difference of a value at theta0: zeros (1, *S), one for all points, without memory."""
+    return base.new_zeros(()).expand(1, *base.shape)
+
+
 def _along(x: Tensor, w: Tensor) -> Tensor:
     """(d r, m, i), (d, i) -> (d r, m, 1): rows times the vector of their direction."""
     d, (points, m, i) = len(w), x.shape
@@ -326,6 +359,9 @@ class Weight:
         for run in self.runs:
             u = run.dense().unsqueeze(1).expand(-1, points.r, -1, -1)
             delta[points.part(run.start, run.stop)] = u.flatten(0, 1)
+        if points.still:
+            dot = delta.mul_(points.tangent.view(-1, 1, 1))
+            return no_difference(self.base), self._shaped(dot)
         dot = delta * points.tangent.view(-1, 1, 1)
         delta = delta.mul_(points.value.view(-1, 1, 1))
         return self._shaped(delta), self._shaped(dot)
@@ -351,6 +387,9 @@ class Weight:
                 rows[run.start : run.stop] = run.v[:, index].unsqueeze(-1) * w
         wide = rows.unsqueeze(1).expand(-1, points.r, *tail).flatten(0, 1)
         ones = (1,) * len(tail)
+        if points.still:
+            dot = wide.mul_(points.tangent.view(-1, *ones))
+            return no_difference(dot[0]), dot
         return wide * points.value.view(-1, *ones), wide * points.tangent.view(-1, *ones)
 
     def product(
@@ -369,6 +408,9 @@ class Weight:
         """
         matrix = self.base[(0,) * len(self.lead)] if self.lead else self.base
         points, m, o = self.points, x.shape[0], matrix.shape[1]
+        if points.still:
+            y = self._tangent(matrix, x, dot, None if bias is None else bias[1])
+            return no_difference(y[0]), y
         low = [run for run in self.runs if run.u is None]
         full = [run for run in self.runs if run.u is not None]
         out = [x.new_empty(points.count, m, o) for _ in range(2)]
@@ -383,6 +425,39 @@ class Weight:
             out[0].add_(bias[0].unsqueeze(1))
             out[1].add_(bias[1].unsqueeze(1))
         return out[0], out[1]
+
+    def _tangent(
+        self, matrix: Tensor, x: Tensor, dot: Tensor | None, bias: Tensor | None
+    ) -> Tensor:
+        """``dot @ W + x @ U + b`` at radius 0: one product with W and one with each U."""
+        points, m, o = self.points, x.shape[0], matrix.shape[1]
+        out = x.new_empty(points.count, m, o)
+        beta = 1
+        if dot is not None:
+            torch.mm(dot.flatten(0, 1), matrix, out=out.flatten(0, 1))
+        elif sum(run.stop - run.start for run in self.runs) == points.p:
+            beta = 0
+        else:
+            out.zero_()
+        for run in self.runs:
+            at = points.part(run.start, run.stop)
+            tangent = points.tangent[at]
+            if run.u is None:
+                assert run.v is not None and run.w is not None
+                inner, outer = (run.w, run.v) if self.flip else (run.v, run.w)
+                left = (inner @ x.t()).repeat_interleave(points.r, 0).unsqueeze(2)
+                right = (outer.repeat_interleave(points.r, 0) * tangent.unsqueeze(1)).unsqueeze(1)
+                if bias is not None and len(outer) == points.p:
+                    # Both in one pass over the result.
+                    left = torch.cat([left, torch.ones_like(left)], 2)
+                    right = torch.cat([right, bias.unsqueeze(1)], 1)
+                    bias = None
+                out[at].baddbmm_(left, right, beta=beta)
+                continue
+            for k, scale in zip(range(at.start, at.stop), tangent.tolist(), strict=True):
+                u = run.u[k // points.r - run.start]
+                out[k].addmm_(x, u.t() if self.flip else u, beta=beta, alpha=scale)
+        return out if bias is None else out.add_(bias.unsqueeze(1))
 
     def _unperturbed(
         self,

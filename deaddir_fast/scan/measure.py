@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -14,7 +15,7 @@ from deaddir_fast.nets.graph import arguments, model_output
 from deaddir_fast.nets.layers.base import Layer
 from deaddir_fast.nets.likelihood import Likelihood
 from deaddir_fast.nets.orders import ray_orders
-from deaddir_fast.nets.rays import RayCurvature, ray_curvature
+from deaddir_fast.nets.rays import RayCurvature, Recording, read_rays
 from deaddir_fast.ops.kron_quadratic import kron_quadratic
 from deaddir_fast.scan.candidates import Candidate, to_parameters
 from deaddir_fast.theory.rate import RateFit, fit_rate
@@ -77,6 +78,7 @@ def measure(
     eps: float,
     factors: tuple[Tensor, Tensor],
     jets: bool,
+    recording: Recording,
 ) -> list[dict[str, Any]]:
     """Readings of one layer's candidates, the last of which is live.
 
@@ -90,6 +92,7 @@ def measure(
         eps: precision the null spaces were read in.
         factors: A and G.
         jets: whether to read Taylor orders where rays leave something open.
+        recording: of the readout, shared by all layers.
 
     Returns:
         One entry of the report for each, in order.
@@ -103,24 +106,28 @@ def measure(
 
     def rays(which: list[int], grid: Tensor) -> RayCurvature:
         some = {name: u[which] for name, u in directions.items()}
-        return ray_curvature(readout, inputs, some, grid, likelihood=likelihood)
+        return read_rays(
+            readout, inputs, some, grid, likelihood, "exact", None, 1, 0, None, recording=recording
+        )[0]
 
     everything = list(range(len(chosen)))
     base = rays(everything, radii.new_zeros(1))
     # Two radii tell a flat direction; only what moves gets them all.
-    screen = radii[[len(radii) // 2, -1]] if len(radii) > 2 else radii
+    middle = len(radii) // 2
+    first = sorted({middle, len(radii) - 1})
+    screen = radii[first]
     seen = rays(everything, screen)
     live = seen.kl[-1]
     verdicts = {k: _flatness(chosen[k], seen.kl[k], live, eps) for k in everything[:-1]}
     moving = [k for k, verdict in verdicts.items() if verdict is None]
-    full = rays(moving, radii) if moving else None
+    full = _completed(seen, moving, first, radii, rays) if moving else None
     quadratic = _kfac(factors, matrices)
     found = []
     for k, c in enumerate(chosen):
         row, grid, read = k, screen, seen
         if k in moving and full is not None:
             row, grid, read = moving.index(k), radii, full
-            order, interval, verdict = _fitted(radii, full.fisher[row], full.kl[row])
+            order, interval, verdict = _fitted(radii, read.fisher[row], read.kl[row])
         elif c.part == "live":
             order, interval, verdict = _live(seen, k)
         else:
@@ -150,8 +157,34 @@ def measure(
             }
         )
     if jets:
-        _add_jets(found, readout, inputs, directions, likelihood, chosen)
+        _add_jets(found, readout, inputs, directions, likelihood, chosen, eps)
     return found
+
+
+def _completed(
+    seen: RayCurvature,
+    moving: list[int],
+    first: list[int],
+    radii: Tensor,
+    rays: Callable[[list[int], Tensor], RayCurvature],
+) -> RayCurvature:
+    """The directions that move at all radii, those seen already not read again."""
+    others = [k for k in range(len(radii)) if k not in first]
+    if not others:
+        return replace(
+            seen, fisher=seen.fisher[moving], kl=seen.kl[moving], stderr=seen.stderr[moving]
+        )
+    rest = rays(moving, radii[others])
+
+    def together(name: str) -> Tensor:
+        out = torch.empty(len(moving), len(radii), dtype=torch.float64)
+        out[:, first] = getattr(seen, name)[moving]
+        out[:, others] = getattr(rest, name)
+        return out
+
+    return replace(
+        rest, radii=radii, fisher=together("fisher"), kl=together("kl"), stderr=together("stderr")
+    )
 
 
 def _add_jets(
@@ -161,8 +194,13 @@ def _add_jets(
     directions: dict[str, Tensor],
     likelihood: Likelihood,
     chosen: Sequence[Candidate],
+    eps: float,
 ) -> None:
-    """Taylor orders at t = 0 where the rays left something open, or found an order above one."""
+    """Taylor orders at t = 0 where the rays left something open, or found an order above one.
+
+    A null space is read to rounding only, so coefficients are compared with that of the live
+    direction: what is as small beside it as a flat direction's divergence counts as zero.
+    """
     wanted = [
         k for k, entry in enumerate(found)
         if chosen[k].part != "live" and entry["class"] in ("singular", "unresolved")
@@ -171,10 +209,14 @@ def _add_jets(
         return
     some = {name: u[wanted] for name, u in directions.items()}
     read = ray_orders(readout, inputs, some, likelihood=likelihood)
-    for k, order in zip(wanted, read.orders.tolist(), strict=True):
+    floor = (FLAT * eps) ** 2 * found[-1]["curvature"]
+    for j, (k, order) in enumerate(zip(wanted, read.orders.tolist(), strict=True)):
         entry = found[k]
         if math.isnan(order):
             continue
+        if chosen[k].part == "outputs":
+            seen = (read.energies[:, j] > floor).nonzero()
+            order = float(seen[0]) if len(seen) else math.inf
         entry["jet"] = order
         if entry["order"] is None and math.isinf(order) and chosen[k].part != "nearly dead":
             # Flat near the point; further out a kink, or a term beyond the orders looked at.

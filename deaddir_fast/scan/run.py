@@ -25,7 +25,7 @@ from deaddir_fast.nets import likelihood as likelihoods
 from deaddir_fast.nets import seeds
 from deaddir_fast.nets.graph import call_plainly, slice_batch
 from deaddir_fast.nets.precision import narrowest
-from deaddir_fast.nets.rays import check_radii
+from deaddir_fast.nets.rays import Recording, check_radii
 from deaddir_fast.nets.sharded import alone, check_kind, gathered, is_sharded, plain_type
 from deaddir_fast.nets.survey import Survey, survey
 from deaddir_fast.ops.gram_packed import entries
@@ -235,6 +235,7 @@ class _Scan:
             self.notes.append(f"the model computes partly in {name}, whatever its parameters are")
         self.head = self._head()
         self.readout: Readout | None = None
+        self.recording = Recording()
         self.ray_inputs: Any = None
 
     def _head(self) -> str | None:
@@ -496,6 +497,7 @@ class _Scan:
                 eps=torch.finfo(self.precision).eps,
                 factors=(f.A, f.G),
                 jets=self.precision == torch.float64,
+                recording=self.recording,
             )
         except (ValueError, NotImplementedError) as error:
             notes.append(f"{name}: no rays: {error}")
