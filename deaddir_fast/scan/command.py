@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import warnings
 from dataclasses import dataclass
 from pathlib import Path
@@ -159,7 +160,7 @@ def summary(report: ScanReport, console: Console) -> None:
     for layer in report.data["layers"]:
         dead = layer["dead"]
         orders = [
-            f"{d['order']:g}" if abs(d["order"] - round(d["order"])) < 0.01 else f"{d['order']:.2f}"
+            _order(d["order"])
             for d in layer["directions"]
             if d["order"] is not None and d["class"] not in ("live",)
         ]
@@ -173,3 +174,9 @@ def summary(report: ScanReport, console: Console) -> None:
         )
     console.print(table)
     console.print(str(report), soft_wrap=True)
+
+
+def _order(order: float) -> str:
+    if math.isinf(order):
+        return "inf"
+    return f"{round(order)}" if abs(order - round(order)) < 0.01 else f"{order:.2f}"
