@@ -24,8 +24,10 @@ from torch import Tensor
 #: A process may work this long on its own before the others give it up. One that is gone is
 #: noticed at once: its connections close.
 PATIENCE = timedelta(hours=24)
-#: A process that fails waits this long for each of two messages to be heard.
+#: A process that fails waits this long for the others to hear of it.
 FAREWELL = timedelta(seconds=10)
+#: Bytes that go before each message.
+HEAD = 2048
 
 
 class RankError(RuntimeError):
@@ -48,6 +50,32 @@ class Sent:
             self._work.wait()
         except RuntimeError as error:
             raise RankError(f"a process that sums were sent to is gone ({_short(error)})") from None
+
+
+def _bytes(raw: bytes, size: int) -> Tensor:
+    padded = torch.zeros(size, dtype=torch.uint8)
+    if raw:
+        padded[: len(raw)] = torch.frombuffer(bytearray(raw), dtype=torch.uint8)
+    return padded
+
+
+def _text(raw: Tensor) -> str:
+    return raw.numpy().tobytes().decode(errors="replace")
+
+
+def _head(size: int, failure: str) -> Tensor:
+    """What goes before a message: its size, or why there is none.
+
+    All in one, so that it arrives from a process that does not wait for the others.
+    """
+    head = torch.zeros(HEAD, dtype=torch.uint8)
+    head[:8].view(torch.int64)[0] = size
+    head[8:] = _bytes(failure.encode()[: HEAD - 8], HEAD - 8)
+    return head
+
+
+def _message(head: Tensor) -> str:
+    return _text(head[8:]).rstrip("\0")
 
 
 def _of_a_connection(error: BaseException) -> bool:
@@ -97,7 +125,7 @@ class Ranks:
             # this process could not.
             dist.distributed_c10d._set_pg_timeout(FAREWELL, self._talk)
             with suppress(RuntimeError):
-                self._gather(text[:4000], failed=True, patience=FAREWELL)
+                self._all(_head(0, text), FAREWELL)
             if _of_a_connection(error):
                 # In a pass of a sharded model, which all processes take part in.
                 raise RankError(
@@ -118,17 +146,21 @@ class Ranks:
         """
         if self._talk is None:
             return [said]
+        raw = json.dumps(said).encode()
         try:
-            failed, texts = self._gather(json.dumps(said), failed=False, patience=None)
+            heads = self._all(_head(len(raw), ""), None)
+            failed = {rank: text for rank, text in enumerate(map(_message, heads)) if text}
+            if not failed:
+                sizes = [int(h[:8].view(torch.int64)) for h in heads]
+                bodies = self._all(_bytes(raw, max(sizes)), None)
         except RuntimeError as error:
             raise RankError(
                 f"process {self.rank} of {self.size} lost another one, whose own output says why "
                 f"({_short(error)})"
             ) from None
-        for rank, text in enumerate(texts):
-            if failed[rank]:
-                raise RankError(f"process {rank} of {self.size} failed: {text}")
-        return [json.loads(text) for text in texts]
+        for rank, text in failed.items():
+            raise RankError(f"process {rank} of {self.size} failed: {text}")
+        return [json.loads(_text(b[:n])) for b, n in zip(bodies, sizes, strict=True)]
 
     def barrier(self) -> None:
         """Until every process is here; errors as :meth:`exchange`."""
@@ -137,19 +169,6 @@ class Ranks:
     def most(self, value: int) -> int:
         """The largest of what the processes give; errors as :meth:`exchange`."""
         return max(self.exchange(value))
-
-    def _gather(
-        self, text: str, *, failed: bool, patience: timedelta | None
-    ) -> tuple[list[bool], list[str]]:
-        raw = text.encode()
-        heads = self._all(torch.tensor([int(failed), len(raw)]), patience)
-        sizes = [int(h[1]) for h in heads]
-        padded = torch.zeros(max(1, *sizes), dtype=torch.uint8)
-        if raw:
-            padded[: len(raw)] = torch.frombuffer(bytearray(raw), dtype=torch.uint8)
-        bodies = self._all(padded, patience)
-        texts = [b[:n].numpy().tobytes().decode() for b, n in zip(bodies, sizes, strict=True)]
-        return [bool(h[0]) for h in heads], texts
 
     def _all(self, x: Tensor, patience: timedelta | None) -> list[Tensor]:
         found = [torch.empty_like(x) for _ in range(self.size)]

@@ -198,7 +198,9 @@ def test_a_process_that_fails_does_not_wait_for_a_busy_one(tmp_path: Path) -> No
     broken = job("mlp", tmp_path / "out", options={**NONE, "shards": 2}, setup="failing_while_busy")
     (first, text), (second, other) = launch([broken], 2, timeout=100)
     assert first == second == 1
-    assert "RankError: process 0 of 2 lost another one, whose own output says why" in text, text
+    # Whether the reason still arrives depends on how soon the other process is gone.
+    lost = "RankError: process 0 of 2 lost another one, whose own output says why"
+    assert lost in text or "RankError: process 1 of 2 failed: ValueError: made" in text, text
     assert "ValueError: made to fail" in other, other
 
 

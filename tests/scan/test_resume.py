@@ -28,6 +28,7 @@ from deaddir_fast.fisher import factors as saving
 from deaddir_fast.fisher.kron import Pass
 from deaddir_fast.scan import store as stores
 from deaddir_fast.scan.cli import app
+from deaddir_fast.scan.command import _order
 from deaddir_fast.scan.factors import FactorStage
 from deaddir_fast.scan.ranks import RankError
 from deaddir_fast.scan.store import Store
@@ -512,3 +513,11 @@ def test_a_finished_scan_is_read_again_to_the_same_report(tmp_path: Path) -> Non
     shutil.copytree(tmp_path / "out", tmp_path / "before")
     dd.scan(model, data, out=tmp_path / "out", **options)
     same(tmp_path / "before", tmp_path / "out")
+
+
+@pytest.mark.parametrize(
+    ("order", "text"),
+    [(float("inf"), "inf"), (2.0, "2"), (1.996, "2"), (1.5, "1.50"), (0.0, "0")],
+)
+def test_orders_in_the_table(order: float, text: str) -> None:
+    assert _order(order) == text
