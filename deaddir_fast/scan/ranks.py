@@ -121,11 +121,10 @@ class Ranks:
             dist.destroy_process_group(self._talk)
         elif not isinstance(error, RankError):
             text = f"{type(error).__name__}: {error}"
-            # Those that are busy find this process gone later. What waits for them must end, or
-            # this process could not.
+            # Those that are busy find this process gone later.
             dist.distributed_c10d._set_pg_timeout(FAREWELL, self._talk)
             with suppress(RuntimeError):
-                self._all(_head(0, text), FAREWELL)
+                self._all(_head(0, text))
             if _of_a_connection(error):
                 # In a pass of a sharded model, which all processes take part in.
                 raise RankError(
@@ -148,11 +147,11 @@ class Ranks:
             return [said]
         raw = json.dumps(said).encode()
         try:
-            heads = self._all(_head(len(raw), ""), None)
+            heads = self._all(_head(len(raw), ""))
             failed = {rank: text for rank, text in enumerate(map(_message, heads)) if text}
             if not failed:
                 sizes = [int(h[:8].view(torch.int64)) for h in heads]
-                bodies = self._all(_bytes(raw, max(sizes)), None)
+                bodies = self._all(_bytes(raw, max(sizes)))
         except RuntimeError as error:
             raise RankError(
                 f"process {self.rank} of {self.size} lost another one, whose own output says why "
@@ -170,13 +169,9 @@ class Ranks:
         """The largest of what the processes give; errors as :meth:`exchange`."""
         return max(self.exchange(value))
 
-    def _all(self, x: Tensor, patience: timedelta | None) -> list[Tensor]:
+    def _all(self, x: Tensor) -> list[Tensor]:
         found = [torch.empty_like(x) for _ in range(self.size)]
-        work: Any = dist.all_gather(found, x, group=self._talk, async_op=True)
-        if patience is None:
-            work.wait()
-        else:
-            work.wait(patience)
+        dist.all_gather(found, x, group=self._talk)
         return found
 
     # ----------------------------------------------------------------------------------- tensors
