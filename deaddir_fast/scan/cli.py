@@ -97,6 +97,9 @@ def scan(
     shards: int | None = typer.Option(
         None, "--shards", min=1, help="Parts kept on disk one by one."
     ),
+    units: list[int] | None = typer.Option(
+        None, "--unit", "-u", min=0, help="Read the rates of this channel too; repeatable."
+    ),
     device: str | None = typer.Option(
         None, "--device", help="cpu, cuda, cuda:1; cuda if there is."
     ),
@@ -121,7 +124,7 @@ def scan(
     console = Console(quiet=not is_first())
     request = command.Request(
         model, data, out, likelihood, fisher, layers or None, directions, batch, length, samples,
-        draws, seed, ray_samples, shards, device, dtype, offline, strict, fresh,
+        draws, seed, ray_samples, shards, units or None, device, dtype, offline, strict, fresh,
     )  # fmt: skip
     try:
         if dry_run:

@@ -38,6 +38,7 @@ class Request:
     seed: int
     ray_samples: int
     shards: int | None
+    units: list[int] | None
     device: str | None
     dtype: str | None
     offline: bool
@@ -117,6 +118,7 @@ def _run(request: Request, console: Console, device: torch.device) -> ScanReport
             seed=request.seed,
             ray_samples=request.ray_samples,
             shards=request.shards,
+            units=request.units or (),
             strict=request.strict,
             resume=not request.fresh,
             source=loaded.source,

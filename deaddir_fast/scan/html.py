@@ -339,6 +339,9 @@ def _layer(scan: Scan, layer: dict[str, Any]) -> Html:
     )
 
 
+_PROBE = ("quantity", "slope", "stderr", "predicted", "verdict")
+
+
 def _costs(layers: list[dict[str, Any]]) -> Html:
     return table(
         ["depth", "layer", "route", "flops", "bytes", "seconds", "share of bound"],
@@ -374,8 +377,20 @@ def _rest(scan: Scan) -> Iterator[Html]:
             identity="gauges",
         )
     else:
+        searched = report["settings"].get("gauges", True)
+        said = "No continuous symmetry was found." if searched else "The model was not searched."
+        yield section("Symmetries", paragraph(said), identity="gauges")
+    for probe in report.get("probes", []):
         yield section(
-            "Symmetries", paragraph("No continuous symmetry was found."), identity="gauges"
+            f"Rates of unit {probe['unit']}: predicted against measured",
+            table(
+                ["layer", "quantity", "slope", "error", "predicted", "verdict"],
+                ([name(r["layer"]), *(r[k] for k in _PROBE)] for r in probe["rows"]),
+                "Slopes in t when the weights of the unit are scaled by t, all else frozen",
+                identity=f"probe-{probe['unit']}-table",
+            ),
+            *(paragraph(note) for note in probe["notes"]),
+            identity=f"probe-{probe['unit']}",
         )
     if report["skipped"]:
         yield section(

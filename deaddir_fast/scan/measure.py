@@ -124,10 +124,16 @@ def measure(
     quadratic = _kfac(factors, matrices)
     found = []
     for k, c in enumerate(chosen):
-        row, grid, read = k, screen, seen
+        row, grid, read, why = k, screen, seen, c.why
         if k in moving and full is not None:
             row, grid, read = moving.index(k), radii, full
-            order, interval, verdict = _fitted(radii, read.fisher[row], read.kl[row])
+            fit = fit_rate(radii, read.fisher[row], kl=read.kl[row])
+            order, interval, verdict = _fitted(fit)
+            if c.part == "nearly dead":
+                # Its curvature at the point itself is what makes its order; the ray tells of more.
+                if float(base.fisher[k, 0]) > (FLAT * eps) ** 2 * float(base.fisher[-1, 0]):
+                    order, interval, verdict = 1.0, None, "resolved"
+                why += _further_out(fit)
         elif c.part == "live":
             order, interval, verdict = _live(seen, k)
         else:
@@ -153,7 +159,7 @@ def measure(
                 "predicted": c.predicted,
                 "contribution": None if order is None else 1 / (2 * order),
                 "verdict": verdict,
-                "why": c.why,
+                "why": why,
             }
         )
     if jets:
@@ -203,7 +209,7 @@ def _add_jets(
     """
     wanted = [
         k for k, entry in enumerate(found)
-        if chosen[k].part != "live" and entry["class"] in ("singular", "unresolved")
+        if chosen[k].part == "outputs" and entry["class"] in ("singular", "unresolved")
     ]  # fmt: skip
     if not wanted:
         return
@@ -214,11 +220,10 @@ def _add_jets(
         entry = found[k]
         if math.isnan(order):
             continue
-        if chosen[k].part == "outputs":
-            seen = (read.energies[:, j] > floor).nonzero()
-            order = float(seen[0]) if len(seen) else math.inf
+        seen = (read.energies[:, j] > floor).nonzero()
+        order = float(seen[0]) if len(seen) else math.inf
         entry["jet"] = order
-        if entry["order"] is None and math.isinf(order) and chosen[k].part != "nearly dead":
+        if entry["order"] is None and math.isinf(order):
             # Flat near the point; further out a kink, or a term beyond the orders looked at.
             entry.update(
                 order=math.inf,
@@ -268,14 +273,21 @@ def _flatness(
     return None
 
 
-def _fitted(
-    radii: Tensor, fisher: Tensor, kl: Tensor
-) -> tuple[float | None, list[float] | None, str]:
-    fit: RateFit = fit_rate(radii, fisher, kl=kl)
+def _fitted(fit: RateFit) -> tuple[float | None, list[float] | None, str]:
     if not fit.resolved:
         return None, None, fit.verdict
     low, high = fit.order_interval
     return float(fit.order), [float(low), float(high)], "resolved"
+
+
+def _further_out(fit: RateFit) -> str:
+    """What a ray through a point near a singular one says of that, if anything."""
+    if not fit.resolved or not fit.model.startswith("offset") or fit.order < 1.5:
+        return ""
+    return (
+        f"; further out its curvature grows as that of order {fit.order:.3g} does from a point "
+        f"{fit.offset:.2g} away"
+    )
 
 
 def _live(rays: RayCurvature, k: int) -> tuple[float | None, list[float] | None, str]:

