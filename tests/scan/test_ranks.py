@@ -102,7 +102,9 @@ def test_layers_are_dealt_by_size_and_followers_stay_with_their_leader(processes
 # -------------------------------------------------------------------------------- several processes
 
 
-@pytest.mark.parametrize("options", [NONE, pytest.param(FEW, marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    "options", [NONE, pytest.param({**FEW, "units": [1]}, marks=pytest.mark.slow)]
+)
 def test_two_processes_give_the_bits_of_one(options: dict[str, Any], tmp_path: Path) -> None:
     # Five batches in three shards (2, 2, 1): one process has nothing to do in the second round.
     alone = job("mlp", tmp_path / "one", options={**options, "shards": 3})
