@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from itertools import chain, repeat
 from typing import Any
 
 import torch
@@ -93,7 +94,14 @@ class Settings:
 
 
 class Pass:
-    """Factors of one stretch of batches; the scan makes one for each shard."""
+    """Factors of one stretch of batches; the scan makes one for each shard.
+
+    Attributes:
+        agree: for a model spread over processes, which must all run as many backward passes: the
+            largest of the numbers that they give. Missing ones are made up with zeros.
+    """
+
+    agree: Callable[[int], int] | None = None
 
     def __init__(self, model: nn.Module, found: Survey, settings: Settings) -> None:
         self.settings, self.model = settings, model
@@ -142,6 +150,10 @@ class Pass:
         if collector.closed_head is not None:
             collector.head_diagonal(z, mask)
         passes = list_of_seeds(z, batch, mask, first, s)
+        if self.agree is not None:
+            here = sum(1 for _ in passes)
+            zeros = repeat(torch.zeros_like(z), self.agree(here) - here)
+            passes = chain(list_of_seeds(z, batch, mask, first, s), zeros)
         held: Tensor | None = None
         for seed in passes:
             if held is not None:

@@ -19,6 +19,7 @@ from torch.utils import _pytree as pytree
 from deaddir_fast.nets.graph import call_plainly
 from deaddir_fast.nets.layers.base import Adapter, Layer, slow_path
 from deaddir_fast.nets.layers.linear import Linear
+from deaddir_fast.nets.sharded import whole
 from deaddir_fast.nets.uses import Uses, uses_outside
 
 Prints = dict[str, Tensor | None]
@@ -180,7 +181,8 @@ class Look:
         if self.uses is not None:
             self.uses.quiet = True  # not the model's own doing
         try:
-            again = layer.recompute(x)
+            with whole(layer.module):
+                again = layer.recompute(x)
         except (RuntimeError, ValueError, TypeError) as error:
             self.wrong[layer.name] = f"it is not the map of its input that it should be ({error})"
             return

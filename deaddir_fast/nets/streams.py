@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from deaddir_fast.nets.graph import call_plainly
 from deaddir_fast.nets.layers.base import Layer, slow_path
 from deaddir_fast.nets.precision import ieee
+from deaddir_fast.nets.sharded import spread_again
 from deaddir_fast.nets.survey import Survey
 
 #: on_input(layer, x): what a layer receives, in the forward pass.
@@ -74,6 +75,7 @@ class Streams:
         self._cache: Any = None
 
     def __enter__(self) -> Streams:
+        spread_again(self.model)
         self._frozen = [p for p in self.model.parameters() if p.requires_grad]
         for p in self._frozen:
             p.requires_grad_(False)
@@ -93,6 +95,7 @@ class Streams:
     def __exit__(self, *error: object) -> None:
         for stop in reversed(self._undo):
             stop()
+        spread_again(self.model)
         for p in self._frozen:
             p.requires_grad_(True)
         if self._cache is not None:

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import fnmatch
 import warnings
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Container, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -52,6 +52,15 @@ class Survey:
         first = self.tied.get(name, name)
         group = [first, *(k for k, by in self.tied.items() if by == first)]
         return [k for k in group if k != name]
+
+    def without_sharing(self, modules: Container[nn.Module]) -> Survey:
+        """The same, except that layers of these modules have inputs of their own."""
+        leaders = {
+            name: leader
+            for name, leader in self.leaders.items()
+            if self.layers[name].module not in modules and self.layers[leader].module not in modules
+        }
+        return replace(self, leaders=leaders)
 
 
 def _chosen(names: Sequence[str], layers: Sequence[str] | None) -> set[str]:

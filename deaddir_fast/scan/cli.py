@@ -113,13 +113,15 @@ def scan(
     """Read every layer of a model: spectra, dead directions, orders, a bound on λ.
 
     Writes report.html, report.json and spectra.safetensors to the folder. Interrupted, the same
-    command goes on where it stopped.
+    command goes on where it stopped. "torchrun --nproc-per-node 4 --no-python deaddir scan …"
+    shares the work among processes, one GPU each, on a folder that all see.
     """
     from rich.console import Console
 
     from deaddir_fast.scan import command
+    from deaddir_fast.scan.ranks import RankError, is_first
 
-    console = Console()
+    console = Console(quiet=not is_first())
     request = command.Request(
         model, data, out, likelihood, fisher, layers or None, directions, batch, length, samples,
         draws, seed, ray_samples, shards, units or None, device, dtype, offline, strict, fresh,
@@ -135,6 +137,9 @@ def scan(
     except OSError as error:
         typer.echo(f"error: {error.strerror or error}: {error.filename or out}", err=True)
         typer.echo("what was done is kept; run the same command to go on", err=True)
+        raise typer.Exit(1) from None
+    except RankError as error:
+        typer.echo(f"error: {error}", err=True)
         raise typer.Exit(1) from None
     except (ValueError, TypeError, ImportError, AttributeError) as error:
         typer.echo(f"error: {error}", err=True)

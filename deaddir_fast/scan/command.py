@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import warnings
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,6 +15,7 @@ from rich.table import Table
 from deaddir_fast.scan import load_model as models
 from deaddir_fast.scan.dry_run import dry_run, show
 from deaddir_fast.scan.load_data import load_data
+from deaddir_fast.scan.ranks import launched
 from deaddir_fast.scan.run import scan
 from deaddir_fast.scan.scan_report import ScanReport
 
@@ -73,12 +75,17 @@ def _count_tokens(request: Request, found: models.ModelPlan) -> tuple[int, bool]
 
 
 def run(request: Request, console: Console) -> ScanReport:
-    """Load, scan, print.
+    """Load, scan, print; under torchrun together with the other processes.
 
     Raises:
         As ``load_model``, ``load_data`` and ``scan``.
     """
-    device = request.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    wanted = request.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    with launched(torch.device(wanted)) as device:
+        return _run(request, console, device)
+
+
+def _run(request: Request, console: Console, device: torch.device) -> ScanReport:
     dtype = None if request.dtype is None else getattr(torch, request.dtype)
     estimate(request, console)
     loaded = models.load_model(
@@ -101,7 +108,7 @@ def run(request: Request, console: Console) -> ScanReport:
         warnings.simplefilter("ignore" if not request.strict else "default", UserWarning)
         report = scan(
             loaded.model,
-            OnDevice(data, torch.device(device)),
+            OnDevice(data, device),
             out=request.out,
             likelihood=request.likelihood or loaded.likelihood,
             fisher=request.fisher,
@@ -148,14 +155,15 @@ class OnDevice:
 
 def summary(report: ScanReport, console: Console) -> None:
     """The findings as a table, one line a layer."""
-    table = Table(title=f"{report.data['model']['source']}: what was read", title_justify="left")
+    console.print(f"{report.data['model']['source']}: what was read", soft_wrap=True)
+    table = Table()
     for column in ("layer", "kind", "A: rank", "G: rank", "gauge", "algebraic", "data", "singular",
                    "open", "orders"):  # fmt: skip
         table.add_column(column, justify="left" if column in ("layer", "kind") else "right")
     for layer in report.data["layers"]:
         dead = layer["dead"]
         orders = [
-            f"{d['order']:g}" if abs(d["order"] - round(d["order"])) < 0.01 else f"{d['order']:.2f}"
+            _order(d["order"])
             for d in layer["directions"]
             if d["order"] is not None and d["class"] not in ("live",)
         ]
@@ -169,3 +177,9 @@ def summary(report: ScanReport, console: Console) -> None:
         )
     console.print(table)
     console.print(str(report), soft_wrap=True)
+
+
+def _order(order: float) -> str:
+    if math.isinf(order):
+        return "inf"
+    return f"{round(order)}" if abs(order - round(order)) < 0.01 else f"{order:.2f}"

@@ -93,7 +93,8 @@ def dry_run(
 
 def show(run: DryRun, source: str, tokens: int, console: Console) -> None:
     """Print the estimate."""
-    table = Table(title=f"{source}: what a scan of {tokens:,} tokens will take", show_header=False)
+    console.print(f"{source}: what a scan of {tokens:,} tokens will take", soft_wrap=True)
+    table = Table(show_header=False)
     table.add_column()
     table.add_column(justify="right")
     rows = [

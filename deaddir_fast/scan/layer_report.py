@@ -9,6 +9,7 @@ from typing import Any
 from torch import nn
 
 from deaddir_fast.fisher.factors import LayerFactors
+from deaddir_fast.nets.sharded import plain_type
 from deaddir_fast.nets.survey import Survey
 from deaddir_fast.scan.nulls import Null
 from deaddir_fast.scan.spectra import Spectrum
@@ -122,7 +123,7 @@ def layer_report(
     return {
         "name": f.name,
         "kind": "head" if head else layer.kind,
-        "type": type(layer.module).__name__,
+        "type": plain_type(layer.module).__name__,
         "depth": depth,
         "block": block_of(f.name),
         "inputs": layer.inputs,

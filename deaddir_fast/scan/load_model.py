@@ -22,6 +22,7 @@ import torch
 from torch import Tensor, nn
 
 from deaddir_fast import _check
+from deaddir_fast.nets.sharded import full, is_sharded
 from deaddir_fast.scan import checkpoint, reference
 from deaddir_fast.scan.checkpoint import Checkpoint
 from deaddir_fast.scan.encoders import HiddenStates, SentenceEmbedding
@@ -125,6 +126,11 @@ def fingerprint(model: nn.Module) -> str:
     then BLAKE2b of those in order. Nothing is sampled: one changed bit changes it.
     """
     whole = hashlib.blake2b(digest_size=16)
+    if is_sharded(model):
+        # Gathering is collective: one after another, in order. The same digits as unsharded.
+        for name, value in _contents(model):
+            whole.update(_digest((name, full(value))))
+        return whole.hexdigest()
     with ThreadPoolExecutor(os.cpu_count()) as threads:  # hashlib releases the GIL
         for digest in threads.map(_digest, _contents(model)):
             whole.update(digest)

@@ -10,6 +10,7 @@ all classes) from what these data leave undetermined (unused inputs, dead units)
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,6 +20,7 @@ from torch import Tensor, nn
 from deaddir_fast.fisher.kron import Settings, as_batch, list_of_seeds, output_mask
 from deaddir_fast.nets.layers.base import Layer
 from deaddir_fast.nets.layers.embedding import Embedding
+from deaddir_fast.nets.sharded import is_sharded, whole
 from deaddir_fast.nets.streams import Streams
 from deaddir_fast.nets.survey import Survey
 from deaddir_fast.scan.spectra import Spectrum, rounding
@@ -135,7 +137,8 @@ def split_nulls(
             inputs[name] = _Projected(a.null, precision)
         if g.form == "matrix" and g.null.shape[1]:
             outputs[name] = _Projected(g.null, precision)
-    if inputs or outputs:
+    # All processes of a sharded model must run it, whichever layers are theirs.
+    if inputs or outputs or is_sharded(model):
         _run(model, survey, inputs, outputs, batches, settings)
     found = {}
     for name, (a, g) in spectra.items():
@@ -181,8 +184,9 @@ def _run(
             projected.add(rows)
 
     def on_gradient(layer: Layer, grad: Tensor, x: Tensor | None) -> None:
-        if layer.name in outputs:
-            outputs[layer.name].add(layer.gradients(grad, n, x).flatten(0, 1))
+        with whole(layer.module) if layer.kind == "norm" else nullcontext():
+            if layer.name in outputs:
+                outputs[layer.name].add(layer.gradients(grad, n, x).flatten(0, 1))
 
     with Streams(model, survey, on_input=on_input, on_gradient=on_gradient) as streams:
         for given in batches:

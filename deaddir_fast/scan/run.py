@@ -26,17 +26,21 @@ from deaddir_fast.nets import seeds
 from deaddir_fast.nets.graph import call_plainly, slice_batch
 from deaddir_fast.nets.precision import narrowest
 from deaddir_fast.nets.rays import Recording, check_radii
+from deaddir_fast.nets.sharded import alone, check_kind, gathered, is_sharded, plain_type
 from deaddir_fast.nets.survey import Survey, survey
 from deaddir_fast.ops.gram_packed import entries
 from deaddir_fast.reading.freeze import freeze_probe
 from deaddir_fast.scan.batches import Batches
 from deaddir_fast.scan.bound import bound
 from deaddir_fast.scan.candidates import Candidate, candidates, kernel_of_norm
+from deaddir_fast.scan.dealing import shares
 from deaddir_fast.scan.factors import FactorStage, out_of_memory
+from deaddir_fast.scan.gathering import Findings, gather
 from deaddir_fast.scan.load_model import fingerprint as weights_fingerprint
 from deaddir_fast.scan.measure import Readout, cast, measure, reading_copy
 from deaddir_fast.scan.nulls import Null, split_nulls
 from deaddir_fast.scan.plan import Plan, plan, triangles
+from deaddir_fast.scan.ranks import current, together
 from deaddir_fast.scan.report import to_json
 from deaddir_fast.scan.scan_report import ScanReport
 from deaddir_fast.scan.spectra import Spectrum, one, rounding, spectrum
@@ -64,6 +68,7 @@ class _Options:
     units: tuple[int, ...]
 
 
+@together
 def scan(
     model: nn.Module,
     batches: Any,
@@ -97,6 +102,12 @@ def scan(
     get rays of exact Fisher curvature, whose rates are fitted. Everything is written to ``out`` as
     it is found; the same call goes on after a crash and loses at most one shard.
 
+    Where torch.distributed is initialised, all processes call this with the same arguments and all
+    the data; ``out`` must be a folder they all see. Each sums every W-th shard and keeps, reads and
+    measures its part of the layers; the report is the same as of one process. A model spread by
+    ``fully_shard`` is gathered on every process if it is small enough for ``fp64_up_to``; a larger
+    one is run as it is, without rays.
+
     Args:
         model: a module in evaluation mode.
         batches: as for ``kron_factors``; a sequence, or an object with ``__len__`` and
@@ -107,7 +118,8 @@ def scan(
             for none.
         radii: positive radii of the rays, by default eight from 1e-3 to 0.3.
         ray_samples: samples the rays are read on.
-        shards: parts after each of which the sums are saved, by default up to 8.
+        shards: parts after each of which the sums are saved, by default up to 8; at least as many
+            as there are processes keep all of them busy.
         sums: dtype of the sums, by default fp64 where they take less than 4 GB.
         fp64_up_to: models of up to this many parameters are read in fp64 (on a copy), where a dead
             direction reads 1e-14 of the trace and not 1e-10; larger ones in their own precision.
@@ -128,6 +140,7 @@ def scan(
         TypeError, ValueError: naming the argument that is wrong, or a folder that holds another
             scan.
         OSError: ``out`` cannot be written; what is there stays valid.
+        RankError: another process failed.
     """
     if not isinstance(model, nn.Module):
         raise _check.fail("model", model, "a torch.nn.Module", TypeError)
@@ -137,7 +150,9 @@ def scan(
     original = model
     if size <= _check.integer("fp64_up_to", fp64_up_to, 0):
         dtype = torch.float64
-        model = reading_copy(model, dtype)
+        model = reading_copy(gathered(model) if is_sharded(model) else model, dtype)
+    elif is_sharded(model):
+        check_kind(model)
     data = Batches(batches, fisher, dtype)
     device = next((p.device for p in model.parameters()), torch.device("cpu"))
     if largest_spectrum is None:
@@ -161,7 +176,11 @@ def scan(
         # What is skipped stands in the report.
         if not strict:
             warnings.simplefilter("ignore", UserWarning)
-        found = survey(model, data[0].inputs, layers=layers, strict=strict)
+        # One sample would leave open where the samples are in each layer's tensors.
+        several = next((i for i, n in enumerate(data.sizes) if n > 1), 0)
+        found = survey(model, data[several].inputs, layers=layers, strict=strict)
+    if is_sharded(model):
+        found = found.without_sharing(alone(model))
     if not found.layers:
         raise ValueError("model: none of its modules is a layer that factors are known for")
     if sums is None:
@@ -174,7 +193,7 @@ def scan(
         likelihood, fisher, "expand", draws, seed, sums, True, LARGEST_HEAD, MOST_PASSES
     )
     work = _Scan(model, data, Path(out), found, settings, options, device, progress)
-    work.source = source or type(model).__name__
+    work.source = source or plain_type(model).__name__
     work.fingerprint = fingerprint or weights_fingerprint(original)
     work.original_dtype = next(p.dtype for p in original.parameters() if p.is_floating_point())
     return work.run(resume)
@@ -210,10 +229,11 @@ class _Scan:
     ) -> None:
         self.model, self.data, self.out, self.survey = model, data, out, found
         self.settings, self.options, self.device = settings, options, device
-        self.progress = progress
+        self.progress, self.ranks, self.sharded = progress, current(), is_sharded(model)
         self.dtype = next(p.dtype for p in model.parameters() if p.is_floating_point())
         self.seconds: dict[str, float] = {}
         self.notes: list[str] = []
+        self.layer_notes: dict[int, list[str]] = {}
         #: What the activations are good to: some models cast to fp32 on their way.
         self.precision = narrowest(model, slice_batch(data[0].inputs, 0, 1), self.dtype)
         if self.precision != self.dtype:
@@ -251,6 +271,7 @@ class _Scan:
             "shards": len(self.data.shards(o.shards)),
             "largest_spectrum": o.largest_spectrum,
             "gauges": o.gauges,
+            "sharded": self.sharded,
             "units": list(o.units),
         }
 
@@ -284,37 +305,54 @@ class _Scan:
         """All stages."""
         from deaddir_fast.scan.progress import stages
 
+        ranks = self.ranks
         costs = self.plan()
-        store = Store(self.out, self.identity(), resume=resume)
-        store.space_for(costs.disk)
+        if ranks.first:
+            store = Store(self.out, self.identity(), resume=resume)
+            store.tidy()
+            store.space_for(costs.disk)
+        ranks.barrier()
+        if not ranks.first:
+            store = Store(self.out, self.identity(), resume=True)
         if self.device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(self.device)
-        with stages(self.progress) as bars:
+        with stages(self.progress if ranks.first else False) as bars:
             with self._stage("factors"):
-                stage = FactorStage(self.model, self.survey, self.settings, self.data, store)
+                dealt = shares(self.survey, self.closed_head, ranks.size)
+                stage = FactorStage(
+                    self.model, self.survey, self.settings, self.data, store, ranks, dealt
+                )
                 shards = self.data.shards(self.options.shards)
                 factors = stage.run(shards, bars.task("factors", len(self.data)))
-            if stage.halved:
-                self.notes.append(
-                    f"memory ran out {stage.halved} times: passes of {stage.chunk} samples"
-                )
-            self.notes += factors.notes
-            names = [n for n in self.survey.layers if n in factors]
             with self._stage("spectra"):
-                spectra = self._spectra(factors, bars.task("spectra", len(names)))
+                spectra = self._spectra(factors, bars.task("spectra", len(factors)))
             with self._stage("made-up inputs"):
-                nulls = self.nulls_found = self._nulls(spectra)
+                nulls = self._nulls(spectra)
             with self._stage("gauges"):
-                gauges = self._gauges()
+                gauges = self._gauges() if ranks.first else []
             with self._stage("rays"):
                 readings = self._layers(
-                    factors, spectra, nulls, store, bars.task("rays", len(names))
+                    factors, spectra, nulls, store, bars.task("rays", len(factors))
                 )
-                probes = self._probes(bars.task("units", len(self.options.units)))
-                known = bound(self.model, self.survey, spectra, nulls, self.symmetries)
-        report = self._report(factors, spectra, readings, gauges, known, costs, stage)
-        report["probes"] = probes
-        return self._write(store, report, spectra)
+            probes = self._probes(bars.task("units", len(self.options.units)))
+            mine = Findings(
+                factors, spectra, nulls, readings, self.layer_notes, dict(stage.seconds),
+                stage.halved, stage.chunk, _peak(self.device),
+            )  # fmt: skip
+            found = gather(ranks, mine, self.survey, bases=self.options.gauges)
+        if found is not None:
+            if found.halved:
+                self.notes.insert(
+                    0, f"memory ran out {found.halved} times: passes of {found.chunk} samples"
+                )
+            self.notes += stage.notes
+            self.notes += [note for _, some in sorted(found.notes.items()) for note in some]
+            known = bound(self.model, self.survey, found.spectra, found.nulls, self.symmetries)
+            report = self._report(found, gauges, known, costs)
+            report["probes"] = probes
+            self._write(store, report, found.spectra)
+        ranks.barrier()
+        return ScanReport.read(self.out)
 
     # ------------------------------------------------------------------------------ the stages
 
@@ -361,7 +399,7 @@ class _Scan:
         return split_nulls(self.model, self.survey, spectra, made_up, once, self.precision)
 
     def _gauges(self) -> list[dict[str, Any]]:
-        if not self.options.gauges:
+        if not self.options.gauges or self.sharded:
             self.notes.append("the model was not searched for symmetries that span layers")
             return []
         from deaddir_fast.gauge import find
@@ -408,14 +446,19 @@ class _Scan:
         advance: Any,
     ) -> dict[str, list[dict[str, Any]]]:
         readings: dict[str, list[dict[str, Any]]] = {}
-        for index, (name, f) in enumerate(factors.items()):
+        places = {name: k for k, name in enumerate(self.survey.layers)}
+        for name, f in factors.items():
+            index = places[name]
             kept = store.load_layer(index)
             if kept is not None and kept.get("name") == name:
-                readings[name] = kept["directions"]
+                readings[name], self.layer_notes[index] = kept["directions"], kept["notes"]
                 advance(1)
                 continue
             chosen: list[Candidate] = []
-            if self.options.directions:
+            notes = self.layer_notes[index] = []
+            if self.options.directions and self.sharded:
+                notes.append("no rays: the model is sharded, and too large to be gathered")
+            elif self.options.directions:
                 # Of the layer alone, so that a resumed scan draws the same.
                 generator = torch.Generator().manual_seed(self.settings.seed + 7919 * (index + 1))
                 chosen = candidates(
@@ -427,8 +470,9 @@ class _Scan:
                     most=self.options.directions,
                     generator=generator,
                 )
-            readings[name] = self._measure(name, f, chosen) if len(chosen) > 1 else []
-            store.save_layer(index, {"name": name, "directions": readings[name]})
+            readings[name] = self._measure(name, f, chosen, notes) if len(chosen) > 1 else []
+            entry = {"name": name, "directions": readings[name], "notes": notes}
+            store.save_layer(index, entry)
             advance(1)
         return readings
 
@@ -442,12 +486,14 @@ class _Scan:
                 model = reading_copy(model, dtype)
             self.readout = Readout(model).eval()
             self.ray_inputs = cast(few, dtype)
-            if dtype != torch.float64:
-                self.notes.append("rays are read in fp32: the model is too large for fp64")
         return self.readout, self.ray_inputs
 
-    def _measure(self, name: str, f: LayerFactors, chosen: list[Candidate]) -> list[dict[str, Any]]:
+    def _measure(
+        self, name: str, f: LayerFactors, chosen: list[Candidate], notes: list[str]
+    ) -> list[dict[str, Any]]:
         readout, inputs = self._reading_model()
+        if self.dtype != torch.float64:
+            notes.append("rays are read in fp32: the model is too large for fp64")
         layer = self.survey.layers[name]
         try:
             return measure(
@@ -463,13 +509,16 @@ class _Scan:
                 recording=self.recording,
             )
         except (ValueError, NotImplementedError) as error:
-            self.notes.append(f"{name}: no rays: {error}")
+            notes.append(f"{name}: no rays: {error}")
             return []
 
     def _probes(self, advance: Any) -> list[dict[str, Any]]:
         """Known-t sweeps of the units asked for."""
         found: list[dict[str, Any]] = []
-        if not self.options.units:
+        if not self.options.units or not self.ranks.first:
+            return found
+        if self.sharded:
+            self.notes.append("no rates of units: the model is sharded, and too large to gather")
             return found
         readout, inputs = self._reading_model()
         for unit in self.options.units:
@@ -498,21 +547,18 @@ class _Scan:
 
     def _report(
         self,
-        factors: KronFactors,
-        spectra: dict[str, tuple[Spectrum, Spectrum]],
-        readings: dict[str, list[dict[str, Any]]],
+        found: Findings,
         gauges: list[dict[str, Any]],
         known: dict[str, Any],
         costs: Plan,
-        stage: FactorStage,
     ) -> dict[str, Any]:
         from deaddir_fast.scan.layer_report import layer_report, totals
 
         by_name = {c.name: c for c in costs.layers}
         layers = []
-        for depth, (name, f) in enumerate(factors.items()):
+        for depth, (name, f) in enumerate(found.factors.items()):
             cost = by_name[name]
-            seconds = stage.seconds.get(name)
+            seconds = found.seconds.get(name)
             if seconds is not None and self.device.type == "cpu" and seconds > 0:
                 layer = self.survey.layers[name]
                 work = triangles(
@@ -525,9 +571,9 @@ class _Scan:
                 layer_report(
                     self.survey,
                     f,
-                    spectra[name],
-                    None if self.survey.sharers(name) else self.nulls_found.get(name),
-                    readings[name],
+                    found.spectra[name],
+                    None if self.survey.sharers(name) else found.nulls.get(name),
+                    found.readings[name],
                     depth,
                     asdict(cost),
                     head=name == self.head,
@@ -545,7 +591,7 @@ class _Scan:
             "device": _device(self.device),
             "model": {
                 "source": self.source,
-                "class": type(self.model).__name__,
+                "class": plain_type(self.model).__name__,
                 "parameters": sum(p.numel() for p in self.model.parameters()),
                 "dtype": str(self.original_dtype).removeprefix("torch."),
                 "fingerprint": self.fingerprint,
@@ -571,7 +617,7 @@ class _Scan:
             },
             "cost": {
                 "seconds": self.seconds,
-                "peak_bytes": _peak(self.device),
+                "peak_bytes": found.peak,
                 "flops": costs.flops,
                 "planned_seconds": costs.seconds,
                 "planned_bytes": costs.memory,
@@ -588,7 +634,7 @@ class _Scan:
         store: Store,
         report: dict[str, Any],
         spectra: dict[str, tuple[Spectrum, Spectrum]],
-    ) -> ScanReport:
+    ) -> None:
         values: dict[str, Tensor] = {}
         for name, (a, g) in spectra.items():
             values[f"A/{name}"] = a.values.contiguous().clone()
@@ -599,7 +645,6 @@ class _Scan:
         from deaddir_fast.scan.html import write_html
 
         write_html(self.out)
-        return ScanReport.read(self.out)
 
 
 def _device(device: torch.device) -> str:

@@ -1,11 +1,15 @@
 """What a scan has on disk while it runs: enough to go on after a kill at any moment.
 
     scan.json           settings and fingerprints; another model, data or setting is refused
-    state/factors/      sums over the shards done so far, and which they are (one file, replaced)
+    state/factors/N/    sums of layer N, and of those that share its inputs, over the shards done
+                        so far, and which they are (one file, replaced)
     state/layers/N.json what has been read of layer N
     report.json, spectra.safetensors, report.html   at the end
 
-Every file is written beside its place, flushed and renamed: it is whole or not there.
+Every file is written beside its place, flushed and renamed: it is whole or not there. No file
+depends on how many processes there are: each process writes those of its own layers, so a scan may
+go on with fewer or more. A kill between two files of one shard leaves some layers a shard ahead;
+they skip it when it is summed again.
 """
 
 from __future__ import annotations
@@ -58,10 +62,12 @@ class Store:
         self.folder = folder
         self.settings = json.loads(json.dumps(plain(settings)))
         head = folder / "scan.json"
-        if head.exists() and not resume:
+        before = self._read(head) if head.exists() else None
+        if before is not None and not resume:
             self.clear()
-        if head.exists():
-            self._check(head)
+            before = None
+        if before is not None:
+            self._check(before)
         else:
             if folder.exists() and not self._ours():
                 raise ValueError(
@@ -73,19 +79,30 @@ class Store:
     def _ours(self) -> bool:
         if not self.folder.is_dir():
             return False
-        names = {p.name for p in self.folder.iterdir()}
-        return names <= {"state", ".scan.json.partial"}
+        # scan.json is the first file written, and the last that is removed.
+        return {p.name for p in self.folder.iterdir()} <= {".scan.json.partial"}
 
-    def _check(self, head: Path) -> None:
+    def _read(self, head: Path) -> dict[str, Any]:
+        """What scan.json says, if a scan has written it."""
         try:
             content = json.loads(head.read_text(encoding="utf-8"))
         except (OSError, ValueError) as error:
             raise ValueError(f"out: {str(head)!r} cannot be read: {error}") from None
-        if content.get("schema") != SCHEMA:
+        if (
+            not isinstance(content, dict)
+            or not isinstance(content.get("schema"), int)
+            or not isinstance(content.get("settings"), dict)
+        ):
+            raise ValueError(f"out: {str(head)!r} is not of a scan; expected a new folder")
+        return content
+
+    def _check(self, content: dict[str, Any]) -> None:
+        if content["schema"] != SCHEMA:
             raise ValueError(
-                f"out: {str(head)!r} has version {content.get('schema')}, expected {SCHEMA}"
+                f"out: {str(self.folder)!r} holds a scan of version {content['schema']}, expected "
+                f"{SCHEMA}; use another folder, or resume=False to start again"
             )
-        before = content.get("settings", {})
+        before = content["settings"]
         keys = sorted(set(before) | set(self.settings))
         other = [k for k in keys if before.get(k) != self.settings.get(k)]
         if other:
@@ -103,6 +120,11 @@ class Store:
         for name in ("report.json", "spectra.safetensors", "report.html", "scan.json"):
             (self.folder / name).unlink(missing_ok=True)
 
+    def tidy(self) -> None:
+        """Remove half-written files that a kill has left; before anything is written."""
+        for part in self.folder.glob("state/**/.*.partial"):
+            part.unlink(missing_ok=True)
+
     def space_for(self, needed: int) -> None:
         """Refuse before the work what the disk cannot hold.
 
@@ -118,28 +140,24 @@ class Store:
                 str(self.folder),
             )
 
-    @property
-    def _factors(self) -> Path:
-        return self.folder / "state" / "factors"
+    def _factors(self, index: int) -> Path:
+        return self.folder / "state" / "factors" / str(index)
 
-    def load_factors(self) -> KronFactors | None:
-        """Sums over the shards done so far."""
-        if not (self._factors / "factors.safetensors").exists():
+    def load_factors(self, index: int) -> KronFactors | None:
+        """Sums of layer ``index`` and its followers over the shards done so far."""
+        folder = self._factors(index)
+        if not (folder / "factors.safetensors").exists():
             return None
         try:
-            return KronFactors.load(self._factors)
+            return KronFactors.load(folder)
         except Exception:
             # A file of a crashed machine: the shards are computed again.
-            shutil.rmtree(self._factors, ignore_errors=True)
+            shutil.rmtree(folder, ignore_errors=True)
             return None
 
-    def save_factors(self, factors: KronFactors) -> None:
+    def save_factors(self, index: int, factors: KronFactors) -> None:
         """Replace the sums on disk."""
-        factors.save(self._factors)
-
-    def drop_factors(self) -> None:
-        """Remove the sums; the readings stay."""
-        shutil.rmtree(self._factors, ignore_errors=True)
+        factors.save(self._factors(index))
 
     def load_layer(self, index: int) -> dict[str, Any] | None:
         """What has been read of a layer, or None."""
