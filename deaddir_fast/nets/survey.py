@@ -56,6 +56,12 @@ class Survey:
         }
         return replace(self, leaders=leaders)
 
+    def sharers(self, name: str) -> list[str]:
+        """The other layers that use a layer's weight."""
+        first = self.tied.get(name, name)
+        group = [first, *(k for k, by in self.tied.items() if by == first)]
+        return [k for k in group if k != name]
+
 
 def _chosen(names: Sequence[str], layers: Sequence[str] | None) -> set[str]:
     if layers is None:

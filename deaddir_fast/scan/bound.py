@@ -43,7 +43,10 @@ def bound(
     for name, (a, _) in spectra.items():
         layer = survey.layers[name]
         usable = a.form != "one" and layer.groups == 1 and survey.calls.get(name, 1) == 1
-        if not usable or name in survey.tied or layer.weight in weights or a.rank >= a.rank_limit:
+        # What is null for one use of a weight is not so for another.
+        if survey.sharers(name) or layer.weight in weights:
+            continue
+        if not usable or a.rank >= a.rank_limit:
             continue
         weights.add(layer.weight)
         flat += a.dead * layer.outputs

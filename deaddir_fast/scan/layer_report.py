@@ -103,8 +103,11 @@ def layer_report(
         a, g, nulls, readings, groups=layer.groups, outputs=layer.outputs, shift=head
     )  # fmt: skip
     notes = []
-    if f.name in survey.tied:
-        notes.append(f"its weight is that of {survey.tied[f.name]}")
+    if survey.sharers(f.name):
+        notes.append(
+            f"its weight is also that of {', '.join(survey.sharers(f.name))}: what is null for one "
+            "use need not be so for the other"
+        )
     if survey.calls.get(f.name, 1) > 1:
         notes.append(f"used {survey.calls[f.name]} times in one pass")
     if layer.layout == "unknown":

@@ -215,11 +215,18 @@ def _pretrained(found: Checkpoint, dtype: torch.dtype | None) -> tuple[nn.Module
     named = (found.config.get("architectures") or [None])[0]
     if named not in (None, type(model).__name__):
         notes.append(f"read as {type(model).__name__}, config.json says {named}")
-    experts = getattr(model.config, "_experts_implementation", None)
-    if dtype == torch.float64 and experts == "grouped_mm":
-        model.set_experts_implementation("batched_mm")
+    if dtype == torch.float64 and experts_in_fp64(model):
         notes.append("experts: batched products, grouped ones do not exist in fp64")
     return model, notes
+
+
+def experts_in_fp64(model: nn.Module) -> bool:
+    """Let experts of Hugging Face models multiply in fp64; whether anything was changed."""
+    config = getattr(model, "config", None)
+    if getattr(config, "_experts_implementation", None) != "grouped_mm":
+        return False
+    model.set_experts_implementation("batched_mm")  # type: ignore[operator]
+    return True
 
 
 def _tokenizer(found: Checkpoint, notes: list[str]) -> Any:

@@ -18,6 +18,7 @@ from deaddir_fast.nets.orders import ray_orders
 from deaddir_fast.nets.rays import RayCurvature, Recording, read_rays
 from deaddir_fast.ops.kron_quadratic import kron_quadratic
 from deaddir_fast.scan.candidates import Candidate, to_parameters
+from deaddir_fast.scan.load_model import experts_in_fp64
 from deaddir_fast.theory.rate import RateFit, fit_rate
 
 #: Divergence along a ray, relative to that along a live direction, below which it is rounding of
@@ -52,6 +53,8 @@ def reading_copy(model: nn.Module, dtype: torch.dtype) -> nn.Module:
     config = getattr(twin, "config", None)
     if getattr(config, "use_cache", None):
         config.use_cache = False  # type: ignore[union-attr]
+    if dtype == torch.float64:
+        experts_in_fp64(twin)
     return twin
 
 

@@ -464,7 +464,7 @@ class _Scan:
                 chosen = candidates(
                     self.survey.layers[name],
                     spectra[name],
-                    nulls.get(name),
+                    None if self.survey.sharers(name) else nulls.get(name),
                     self._kernel(name),
                     class_shift=name == self.head,
                     most=self.options.directions,
@@ -572,7 +572,7 @@ class _Scan:
                     self.survey,
                     f,
                     found.spectra[name],
-                    found.nulls.get(name),
+                    None if self.survey.sharers(name) else found.nulls.get(name),
                     found.readings[name],
                     depth,
                     asdict(cost),

@@ -214,6 +214,31 @@ def test_padding_does_not_count(tmp_path):
             assert one["curvature"] == pytest.approx(other["curvature"], rel=1e-6, abs=1e-20)
 
 
+def test_what_is_null_for_one_use_of_a_tied_weight_is_not_counted(tmp_path):
+    torch.manual_seed(6)
+
+    class Tied(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.emb, self.fc = nn.Embedding(12, 6), nn.Linear(6, 6)
+            self.head = nn.Linear(6, 12, bias=False)
+            self.head.weight = self.emb.weight
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.head(torch.tanh(self.fc(self.emb(x))))
+
+    model = Tied().double().eval()
+    x = torch.randint(0, 8, (40, 3))  # four tokens do not occur: their rows still move logits
+    report = dd.scan(model, x, out=tmp_path / "s")
+    emb = report.layers["emb"]
+    assert emb["A"]["dead"] == 4 and emb["dead"]["data"] == 0
+    assert emb["dead"]["unresolved"] == emb["dead"]["block"] > 0
+    assert "also that of head" in emb["notes"][0]
+    bound, d = report.data["totals"]["lambda"], report.data["totals"]["parameters"]
+    rank = exact_rank(model, x)
+    assert bound["flat"] == 0 and rank / 2 <= bound["upper"] <= d / 2
+
+
 def test_units_have_predicted_and_measured_rates(tmp_path):
     torch.manual_seed(4)
     model = nn.Sequential(nn.Linear(6, 6), nn.Tanh(), nn.Linear(6, 6), nn.Tanh(), nn.Linear(6, 3))
