@@ -37,7 +37,7 @@ def test_help_lists_the_commands_there_are():
     result = RUN.invoke(app, ["--help"])
     assert result.exit_code == 0
     commands = {command.callback.__name__ for command in app.registered_commands}
-    assert commands == {"compare", "demo", "doctor", "predict"}
+    assert commands == {"compare", "demo", "doctor", "predict", "scan"}
     assert all(name in plain(result.output) for name in commands)
     for name in commands:
         assert RUN.invoke(app, [name, "--help"]).exit_code == 0
