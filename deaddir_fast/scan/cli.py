@@ -128,7 +128,7 @@ def scan(
     )  # fmt: skip
     try:
         if dry_run:
-            command.estimate(request, console)
+            command.dry(request, console)
             return
         report = command.run(request, console)
     except KeyboardInterrupt:
@@ -141,7 +141,7 @@ def scan(
     except RankError as error:
         typer.echo(f"error: {error}", err=True)
         raise typer.Exit(1) from None
-    except (ValueError, TypeError, ImportError, AttributeError) as error:
+    except (ValueError, TypeError) as error:
         typer.echo(f"error: {error}", err=True)
         raise typer.Exit(2) from None
     if explain:

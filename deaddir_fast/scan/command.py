@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import math
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,12 +14,15 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
+from deaddir_fast import _check
 from deaddir_fast.scan import load_model as models
 from deaddir_fast.scan.dry_run import dry_run, show
 from deaddir_fast.scan.load_data import load_data
 from deaddir_fast.scan.ranks import launched
 from deaddir_fast.scan.run import scan
 from deaddir_fast.scan.scan_report import ScanReport
+
+DTYPES = ("float64", "float32", "bfloat16", "float16")
 
 
 @dataclass(frozen=True)
@@ -44,6 +49,25 @@ class Request:
     offline: bool
     strict: bool
     fresh: bool
+
+
+@contextmanager
+def own_errors() -> Iterator[None]:
+    """Errors of the module that was named, or of a package that is missing, are the user's to see.
+
+    Raises:
+        ValueError: in their place.
+    """
+    try:
+        yield
+    except (ImportError, AttributeError) as error:
+        raise ValueError(str(error)) from error
+
+
+def dry(request: Request, console: Console) -> None:
+    """``--dry-run``: the estimate alone."""
+    with own_errors():
+        estimate(request, console)
 
 
 def estimate(request: Request, console: Console) -> None:
@@ -86,11 +110,14 @@ def run(request: Request, console: Console) -> ScanReport:
 
 
 def _run(request: Request, console: Console, device: torch.device) -> ScanReport:
-    dtype = None if request.dtype is None else getattr(torch, request.dtype)
-    estimate(request, console)
-    loaded = models.load_model(
-        request.model, dtype=dtype, device=device, allow_download=not request.offline
-    )
+    dtype = None
+    if request.dtype is not None:
+        dtype = getattr(torch, _check.choice("dtype", request.dtype, DTYPES))
+    with own_errors():
+        estimate(request, console)
+        loaded = models.load_model(
+            request.model, dtype=dtype, device=device, allow_download=not request.offline
+        )
     data = load_data(
         request.data,
         tokenizer=loaded.tokenizer,
