@@ -15,6 +15,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from deaddir_fast import _check
+from deaddir_fast._files import replace_file
 from deaddir_fast.fisher.accumulate import unpack
 
 SCHEMA = 1
@@ -238,12 +239,12 @@ class KronFactors(Mapping[str, LayerFactors]):
             table.append({k: getattr(f, k) for k in _FIELDS})
         manifest = {"schema": SCHEMA, "meta": self.meta, "notes": self.notes, "layers": table}
         # One file holds both, so that no crash can pair old numbers with a new description.
-        _replace(
+        replace_file(
             folder / "factors.safetensors",
             lambda path: save_file(tensors, path, {"manifest": json.dumps(manifest)}),
         )
         text = json.dumps(manifest, indent=1) + "\n"
-        _replace(folder / "factors.json", lambda path: path.write_text(text))
+        replace_file(folder / "factors.json", lambda path: path.write_text(text))
 
     @classmethod
     def load(cls, folder: str | os.PathLike[str]) -> KronFactors:
@@ -312,16 +313,3 @@ def _total(parts: Sequence[Tensor]) -> Tensor:
     for part in parts[1:]:
         total += part
     return total.to(parts[0].dtype)
-
-
-def _replace(path: Path, write: Any) -> None:
-    """Write a file beside its place and move it there, flushed to disk."""
-    part = path.with_name(f".{path.name}.partial")
-    try:
-        write(part)
-        with open(part, "rb") as file:
-            os.fsync(file.fileno())
-        os.replace(part, path)
-    except BaseException:
-        part.unlink(missing_ok=True)
-        raise

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import chain, repeat
@@ -12,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from deaddir_fast import _check
+from deaddir_fast._progress import stages
 from deaddir_fast.fisher.collect import LARGEST_HEAD, Collector
 from deaddir_fast.fisher.factors import KronFactors
 from deaddir_fast.nets import likelihood as likelihoods
@@ -229,22 +229,6 @@ def list_of_seeds(
     )
 
 
-def _progress(shown: bool | None) -> Any:
-    from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
-
-    visible = sys.stderr.isatty() if shown is None else shown
-    return Progress(
-        TextColumn("{task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeElapsedColumn(),
-        console=Console(stderr=True),
-        disable=not visible,
-        transient=True,
-    )
-
-
 def check_settings(
     likelihood: Any,
     fisher: str,
@@ -353,13 +337,13 @@ def kron_factors(
     index = 0
     one = isinstance(batches, (Tensor, Mapping))
     total = 1 if one else len(batches) if hasattr(batches, "__len__") else None
-    with Pass(model, found, settings) as work, _progress(progress) as bar:
-        task = bar.add_task("factors", total=total)
+    with Pass(model, found, settings) as work, stages(progress) as bars:
+        advance = bars.task("factors", total)
         batch: Batch | None = first
         while batch is not None:
             work.add(batch, index)
             index += batch.n
-            bar.advance(task)
+            advance(1)
             batch = next(stream, None)
         factors = work.collector.result()
     return KronFactors(factors, describe(settings), tuple(work.collector.notes))

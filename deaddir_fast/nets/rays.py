@@ -9,7 +9,6 @@ arXiv 2606.05957; the pointwise identity is derived).
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 from itertools import pairwise
 from typing import Any
@@ -23,6 +22,7 @@ from deaddir_fast.nets import dual, graph
 from deaddir_fast.nets import likelihood as likelihoods
 from deaddir_fast.nets.attention import whole_attention
 from deaddir_fast.nets.dual_values import Still
+from deaddir_fast.nets.precision import ieee
 from deaddir_fast.nets.weights import Directions, Points, RankOne, check_directions, weight_bytes
 from deaddir_fast.ops import softmax_fisher
 
@@ -219,22 +219,6 @@ def _even(total: int, largest: int) -> list[tuple[int, int]]:
     for k in range(count):
         stops.append(stops[-1] + small + (1 if k < extra else 0))
     return list(pairwise(stops))
-
-
-@contextmanager
-def _full_precision(device: torch.device) -> Iterator[None]:
-    """No gradients, and no TF32 on CUDA: readings are in the precision of their dtype."""
-    if device.type != "cuda":
-        with torch.no_grad():
-            yield
-        return
-    matmul = torch.backends.cuda.matmul.allow_tf32
-    torch.backends.cuda.matmul.allow_tf32 = False
-    try:
-        with torch.no_grad(), torch.backends.cudnn.flags(allow_tf32=False):
-            yield
-    finally:
-        torch.backends.cuda.matmul.allow_tf32 = matmul
 
 
 def _outputs(z: Tensor, n: int, categorical: bool) -> None:
@@ -445,7 +429,7 @@ def read_rays(
     rays = check_directions(directions, parameters)
     order = rays.order()
     rays = rays if bool((order == torch.arange(rays.count)).all()) else rays.take(order)
-    with _full_precision(device):
+    with torch.no_grad(), ieee(device):
         work = _Rays(model, inputs, rays, lik, recording)
         return _read(
             work, rays, order, grid, lik, fisher, targets, draws, seed, budget, dtype, keep

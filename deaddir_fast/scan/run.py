@@ -18,6 +18,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from deaddir_fast import _check
+from deaddir_fast._progress import stages
 from deaddir_fast.fisher.collect import LARGEST_HEAD
 from deaddir_fast.fisher.factors import KronFactors, LayerFactors
 from deaddir_fast.fisher.kron import MOST_PASSES, Settings, check_settings, describe
@@ -303,8 +304,6 @@ class _Scan:
 
     def run(self, resume: bool) -> ScanReport:
         """All stages."""
-        from deaddir_fast.scan.progress import stages
-
         ranks = self.ranks
         costs = self.plan()
         if ranks.first:

@@ -15,34 +15,16 @@ they skip it when it is summed again.
 from __future__ import annotations
 
 import json
-import os
 import shutil
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+from deaddir_fast._files import replace_file
 from deaddir_fast.fisher.factors import KronFactors
 from deaddir_fast.scan.report import plain, to_json
 
 SCHEMA = 1
-
-
-def replace_file(path: Path, write: Callable[[Path], object]) -> None:
-    """Write a file with ``write`` and put it in its place when it is on disk.
-
-    Raises:
-        OSError: it could not be written (a full disk, no permission); what was there is unchanged.
-    """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(f".{path.name}.partial")
-    try:
-        write(part)
-        with open(part, "rb") as file:
-            os.fsync(file.fileno())
-        os.replace(part, path)
-    except BaseException:
-        part.unlink(missing_ok=True)
-        raise
 
 
 class Store:
