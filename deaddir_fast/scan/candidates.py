@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -26,6 +26,8 @@ class Candidate:
         predicted: order the factors imply: inf where A w = 0, 1 where neither factor vanishes; None
             where they do not tell.
         why: the reason, a sentence.
+        spread: largest over smallest positive eigenvalue of the factor whose null space it is in:
+            how much rounding can turn a null vector towards the least of the others.
     """
 
     label: str
@@ -34,6 +36,7 @@ class Candidate:
     u: Tensor
     predicted: float | None
     why: str
+    spread: float = 1.0
 
 
 def kernel_of_norm(layer: Layer, scale: Tensor, shift: Tensor | None) -> Tensor | None:
@@ -134,11 +137,16 @@ def candidates(
                       torch.outer(g.low, a.low), 1.0,
                       "the least curvature K-FAC gives a direction it does not call dead")
         )  # fmt: skip
+    found = [replace(c, spread=_spread({"inputs": a, "outputs": g}.get(c.part))) for c in found]
     live = Candidate(
         "largest pair of A and G", "live", False, torch.outer(top_v, top_w), 1.0,
         "the most curvature K-FAC gives a direction",
     )  # fmt: skip
     return [*found[:most], live]
+
+
+def _spread(spectrum: Spectrum | None) -> float:
+    return spectrum.top / spectrum.bottom if spectrum is not None and spectrum.bottom > 0 else 1.0
 
 
 def _counted(what: str, count: int, always: bool) -> str:

@@ -22,8 +22,12 @@ from deaddir_fast.scan.load_model import experts_in_fp64
 from deaddir_fast.theory.rate import RateFit, fit_rate
 
 #: Divergence along a ray, relative to that along a live direction, below which it is rounding of
-#: the null space: a flat direction read off activations of precision ε is off by an angle of c ε.
+#: the null space: a flat direction read off activations of precision ε is off by an angle of c ε,
+#: and its curvature by (c ε)² times the spread of the eigenvalues it is told apart from.
 FLAT = 256.0
+#: However large the rounding, what is called flat stays below this: at the largest radius, 0.3, a
+#: direction of order 8 would show 5e-8.
+LEAST = 1e-9
 
 
 class Readout(nn.Module):
@@ -132,6 +136,13 @@ def measure(
             row, grid, read = moving.index(k), radii, full
             fit = fit_rate(radii, read.fisher[row], kl=read.kl[row])
             order, interval, verdict = _fitted(fit)
+            if c.part == "outputs" and order is not None and order < 1.5:
+                left = float(base.fisher[k, 0] / base.fisher[-1, 0].clamp_min(1e-300))
+                order, interval = None, None
+                verdict = (
+                    f"unresolved: read as null, but {left:.1g} of a live direction's curvature "
+                    "is left"
+                )
             if c.part == "nearly dead":
                 # Its curvature at the point itself is what makes its order; the ray tells of more.
                 if float(base.fisher[k, 0]) > (FLAT * eps) ** 2 * float(base.fisher[-1, 0]):
@@ -218,12 +229,12 @@ def _add_jets(
         return
     some = {name: u[wanted] for name, u in directions.items()}
     read = ray_orders(readout, inputs, some, likelihood=likelihood)
-    floor = (FLAT * eps) ** 2 * found[-1]["curvature"]
+    rounding = (FLAT * eps) ** 2 * found[-1]["curvature"]
     for j, (k, order) in enumerate(zip(wanted, read.orders.tolist(), strict=True)):
         entry = found[k]
         if math.isnan(order):
             continue
-        seen = (read.energies[:, j] > floor).nonzero()
+        seen = (read.energies[:, j] > rounding * chosen[k].spread).nonzero()
         order = float(seen[0]) if len(seen) else math.inf
         entry["jet"] = order
         if entry["order"] is None and math.isinf(order):
@@ -265,13 +276,13 @@ def _flatness(
             return None
         return None, "unresolved: flat on the samples the rays are read on, not on all"
     ratio = float((kl / live.clamp_min(1e-300)).max())
-    floor = (FLAT * eps) ** 2
-    if ratio <= floor:
+    floor = (FLAT * eps) ** 2 * c.spread
+    if ratio <= min(floor, LEAST):
         return math.inf, "flat"
     reaches = f"the divergence reaches {ratio:.1g} of that along a live direction"
     if c.part == "inputs":
         return None, f"unresolved: it was to be flat, but {reaches}"
-    if ratio <= 1e3 * floor:
+    if ratio <= 1e3 * floor:  # also what is below the floor, but could be of a high order
         return None, f"unresolved: {reaches}, close to rounding of the null space"
     return None
 

@@ -116,7 +116,7 @@ def plan(
     """
     longest = max(survey.tokens.values(), default=1)
     costs = []
-    memory = disk = activations = 0
+    memory = disk = activations = held = 0
     itemsize, wide = torch.finfo(dtype).bits // 8, torch.finfo(sums).bits // 8
     kernel = chosen_route(
         "gram_packed", torch.zeros(4096, 256, device=device, dtype=dtype), None, 1.0
@@ -138,7 +138,11 @@ def plan(
             passes_flops = 0.0
         sums_flops = triangles(layer, rows, shared, passes, closed)
         updates = -(-rows // 2048)
-        moved = float(rows) * (layer.inputs + layer.outputs * passes) * itemsize * layer.groups
+        # What is read of a layer's inputs: nothing where another reads them, indices of embeddings.
+        taken = 0 if shared else layer.inputs if layer.form == "matrix" else 1
+        returned = 0 if closed else layer.outputs
+        moved = float(rows) * (taken + returned * passes) * itemsize * layer.groups
+        held += 2048 * (taken + returned) * layer.groups * itemsize
         moved += 2.0 * updates * size * wide
         how = {"matrix": f"{kernel} gram_packed", "diagonal": "counts", "one": "exact block"}
         route = f"streams, {how[layer.form]}"
@@ -149,14 +153,13 @@ def plan(
         costs.append(LayerCost(name, route, rows, passes_flops + sums_flops, moved, size * wide))
         memory += size * wide
         disk += size * wide
-        activations += batch_samples * max(1, share) * (layer.inputs + layer.outputs) * itemsize
-    held = max((2048 * max(x.inputs, x.outputs) for x in survey.layers.values()), default=0)
+        activations += batch_samples * max(1, share) * layer.groups * layer.outputs * itemsize
     flops = sum(c.flops for c in costs)
     rate = machine_rate(device, dtype)
     return Plan(
         tuple(costs),
         flops,
-        memory + activations + held * itemsize * 2 * len(costs),
+        memory + activations + held,
         2 * disk,
         rate,
         flops / rate,

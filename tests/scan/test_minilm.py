@@ -31,6 +31,11 @@ def test_every_layer_norm_shows_its_kernel(tmp_path: Path) -> None:
         assert float(kernel["why"].rpartition(" ")[2]) >= 0.9999
         assert kernel["class"] == "algebraic" and math.isinf(kernel["order"])
         assert layer["dead"]["singular"] == 0 and layer["dead"]["algebraic"] > 0
+    for layer in report.data["layers"]:
+        # What is read as null is never called live, and only samples leave anything open.
+        null = [d for d in layer["directions"] if d["part"] == "outputs"]
+        assert all(d["class"] in ("algebraic", "data") for d in null)
+        assert layer["verdict"] == "resolved" or "limited by samples" in layer["verdict"]
     words = next(x for x in report.data["layers"] if x["name"].endswith("word_embeddings"))
     assert words["dead"]["data"] > 25_000 * 384  # most of the vocabulary does not occur
     assert report.data["totals"]["lambda"]["upper"] < report.data["totals"]["parameters"] / 2

@@ -10,7 +10,11 @@ from torch import Tensor, nn
 from torch.func import functional_call, jacrev
 
 import deaddir_fast as dd
+from deaddir_fast.scan.candidates import Candidate
+from deaddir_fast.scan.measure import _flatness
 from deaddir_fast.scan.scan_report import ScanReport
+
+EPS = 2.0**-52
 
 
 class Net(nn.Module):
@@ -153,6 +157,25 @@ def test_a_singular_direction_of_order_k(k, tmp_path):
     (singular,) = (d for d in first["directions"] if d["class"] == "singular")
     assert singular["order"] == pytest.approx(k, abs=1e-6) and singular["jet"] == k
     assert singular["contribution"] == pytest.approx(1 / (2 * k), rel=1e-6)
+
+
+@pytest.mark.parametrize(
+    "ratio, spread, eps, said",
+    [
+        (1e-28, 1.0, EPS, "flat"),
+        (1e-25, 1.0, EPS, "close to rounding"),
+        (1e-25, 1e6, EPS, "flat"),  # turned towards the least eigenvector by rounding
+        (1e-12, 1.0, EPS, None),  # moves: to be fitted
+        (5e-8, 1.0, 2.0**-23, None),  # what order 8 shows at 0.3
+        (5e-8, 1e6, 2.0**-23, "close to rounding"),  # too large a floor is no proof
+    ],
+)
+def test_what_counts_as_flat(ratio, spread, eps, said):
+    u = torch.zeros(2, 2)
+    candidate = Candidate("x", "outputs", True, u, None, "", spread=spread)
+    live = torch.tensor(1e-3).double()
+    found = _flatness(candidate, ratio * live.expand(2), live, eps)
+    assert (found is None) if said is None else said in found[1]
 
 
 def test_factors_are_those_of_kron_factors(tmp_path):
