@@ -166,8 +166,8 @@ def test_a_singular_direction_of_order_k(k, tmp_path):
         (1e-25, 1.0, EPS, "close to rounding"),
         (1e-25, 1e6, EPS, "flat"),  # turned towards the least eigenvector by rounding
         (1e-12, 1.0, EPS, None),  # moves: to be fitted
-        (5e-8, 1.0, 2.0**-23, None),  # what order 8 shows at 0.3
-        (5e-8, 1e6, 2.0**-23, "close to rounding"),  # too large a floor is no proof
+        (1e-5, 1.0, 2.0**-23, None),
+        (5e-8, 1e6, 2.0**-23, "close to rounding"),  # order 8 would show it at 0.3: no proof
     ],
 )
 def test_what_counts_as_flat(ratio, spread, eps, said):
