@@ -18,7 +18,7 @@ from deaddir_fast.nets.survey import Survey
 LARGEST_HEAD = 8192
 
 
-class NotShared(RuntimeError):
+class NotShared(ValueError):
     """Two layers that received one tensor on the first samples do not on others."""
 
 

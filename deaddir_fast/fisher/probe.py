@@ -24,12 +24,10 @@ from deaddir_fast.nets import likelihood as likelihoods
 from deaddir_fast.nets.layers.base import Layer
 from deaddir_fast.nets.layers.heads import Heads, heads_of
 from deaddir_fast.nets.layers.linear import Linear
-from deaddir_fast.nets.layers.scores import Slices, from_matrix, scores
+from deaddir_fast.nets.layers.scores import Slices, contract, from_matrix, of_bias, scores
 from deaddir_fast.nets.streams import Streams
 from deaddir_fast.nets.survey import Survey, survey
 from deaddir_fast.nets.weights import Directions, RankOne, check_directions
-from deaddir_fast.ops.directional_scores import directional_scores
-from deaddir_fast.ops.directional_scores_rank1 import directional_scores_rank1
 from deaddir_fast.ops.kron_quadratic import kron_quadratic
 
 METHODS = ("exact", "kfac", "cheapest")
@@ -281,15 +279,8 @@ class _Reader:
 
 def _plain(a: Tensor, g: Tensor, u: Slices) -> Tensor:
     a, g = a.contiguous(), g.contiguous()
-    if u.low:
-        assert u.v is not None and u.w is not None
-        part = directional_scores_rank1(a, g, u.v, u.w)
-    else:
-        assert u.u is not None
-        part = directional_scores(a, g, u.u)
-    if u.bias is not None:
-        part = part + u.bias.to(part.dtype) @ g.sum(1).to(part.dtype).mT
-    return part
+    part = contract(a, g, u)
+    return part if u.bias is None else part + of_bias(u.bias, g)
 
 
 def _add(into: dict[Any, Tensor], key: Any, value: Tensor) -> None:

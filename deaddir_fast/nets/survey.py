@@ -28,7 +28,7 @@ class Survey:
         layers: {name: layer} in the order in which they are first computed.
         leaders: {layer: earlier layer} where both receive the very same tensor.
         fed_by: {layer: norm} where a layer receives the very tensor a norm returned.
-        tied: {layer: earlier layer} where both use the same weight.
+        tied: {layer: earlier layer} where both use the same weight, of all layers there are.
         head: name of the layer whose output is the model's output, or None.
         calls: how often each layer was used for one pass.
         tokens: rows per sample in each layer, 0 where unknown.
@@ -138,7 +138,8 @@ def survey(
     alone = {f: by for f, by in first.leaders.items() if seen[f].calls == seen[by].calls == 1}
     by_weight: dict[str, str] = {}
     tied = {}
-    for name in ordered:
+    # Also with layers that are not wanted: they move when the weight does.
+    for name in sorted(names, key=lambda name: seen[name].order if name in seen else len(seen)):
         first_user = by_weight.setdefault(everything[name].weight, name)
         if first_user != name and everything[first_user].module is not everything[name].module:
             tied[name] = first_user

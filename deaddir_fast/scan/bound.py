@@ -1,4 +1,4 @@
-"""What a scan knows of λ: certified bounds from flat directions.
+"""What a scan knows of λ: bounds from flat directions.
 
 λ ≤ (d − f) / 2 where K stays zero on an f-dimensional manifold through the point. Two kinds of
 directions make it up: parts of a weight with A w = 0, which leave every activation on the data as
@@ -30,11 +30,14 @@ def bound(
     survey: Survey,
     spectra: Mapping[str, tuple[Spectrum, Spectrum]],
     nulls: Mapping[str, tuple[Null, Null]],
+    readings: Mapping[str, Sequence[Mapping[str, Any]]],
     gauges: Sequence[Gauge],
 ) -> dict[str, Any]:
     """Bounds on λ of the whole model on the data given.
 
-    Where samples limit a rank, more data would raise it, so those null spaces are not counted.
+    Null spaces count where their rank is resolved: where samples limit it more data would raise it,
+    where eigenvalues are close to rounding some may be small and not zero. One that a ray
+    contradicts does not count. For the lower bound, eigenvalues close to rounding count as zero.
     """
     d = sum(p.numel() for p in model.parameters())
     flat = 0
@@ -46,17 +49,18 @@ def bound(
         # What is null for one use of a weight is not so for another.
         if survey.sharers(name) or layer.weight in weights:
             continue
-        if not usable or a.rank >= a.rank_limit:
+        if not usable or a.verdict != "resolved" or contradicted(readings.get(name, ())):
             continue
         weights.add(layer.weight)
         flat += a.dead * layer.outputs
         if a.dead:
             counted[name] = nulls[name][0]
     orbits, left_out = _beyond(model, survey, spectra, counted, gauges)
-    lower = max(
-        (g.rank for n, (_, g) in spectra.items() if survey.layers[n].kind == "norm"), default=0
-    )
-    rests = [f"{flat:,} dimensions in which inputs of layers have no component on the data"]
+    norms = [g for name, (_, g) in spectra.items() if survey.layers[name].kind == "norm"]
+    lower = max((g.rank - g.ambiguous for g in norms), default=0)
+    rests = [
+        f"{flat:,} dimensions in which inputs of layers have no component on the data, to rounding"
+    ]
     if gauges:
         rests.append(
             "symmetries left out: too many for memory"
@@ -71,6 +75,11 @@ def bound(
         "verdict": "unresolved: bounds only",
         "rests_on": "; ".join(rests),
     }
+
+
+def contradicted(readings: Sequence[Mapping[str, Any]]) -> bool:
+    """Whether a ray along null inputs of a layer, which must be flat, was not."""
+    return any(r["part"] == "inputs" and r["class"] == "unresolved" for r in readings)
 
 
 def _beyond(

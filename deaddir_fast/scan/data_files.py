@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -52,7 +53,7 @@ class Ragged:
         return f"line {self._lines[index]}"
 
 
-class Array:
+class Array(ABC):
     """A memory-mapped array, by rows.
 
     Attributes:
@@ -66,8 +67,9 @@ class Array:
     def __len__(self) -> int:
         return self.shape[0]
 
+    @abstractmethod
     def __getitem__(self, part: Any) -> Tensor:
-        raise NotImplementedError
+        """The part of the array that numpy's indexing would give."""
 
     def row(self, index: int) -> Tensor:
         """One row."""

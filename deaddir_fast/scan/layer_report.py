@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from torch import nn
@@ -11,6 +11,7 @@ from torch import nn
 from deaddir_fast.fisher.factors import LayerFactors
 from deaddir_fast.nets.sharded import plain_type
 from deaddir_fast.nets.survey import Survey
+from deaddir_fast.scan.bound import contradicted
 from deaddir_fast.scan.nulls import Null
 from deaddir_fast.scan.spectra import Spectrum
 
@@ -49,16 +50,18 @@ def dead_dimensions(
     The first are flat. Of the second a generic direction was measured, which speaks for all.
     """
     found = dict.fromkeys(("block", *CLASSES), 0)
-    if groups > 1 or nulls is None:
-        found["block"] = found["unresolved"] = a.dead * (outputs // max(groups, 1))
-        return found
     live = a.rank
     on_inputs = a.dead * outputs
     # Of a head whose G is not formed, the shift is the one null vector known.
     g_dead = max(g.dead, 1) if shift and g.form == "diagonal" else g.dead
-    found["block"] = on_inputs + live * g_dead
+    # Of groups the ranks are known together only: what their inputs leave null, at least.
+    found["block"] = on_inputs + (live * g_dead if groups == 1 else 0)
+    if groups > 1 or nulls is None:
+        found["unresolved"] = found["block"]
+        return found
     split = nulls[0].count(True) + nulls[0].count(False)
-    if split == a.dead and nulls[0].checked:
+    sure = a.verdict == "resolved" and not contradicted(readings)
+    if split == a.dead and nulls[0].checked and sure:
         found["algebraic"] += nulls[0].count(True) * outputs
         found["data"] += nulls[0].count(False) * outputs
     else:
@@ -78,7 +81,7 @@ def dead_dimensions(
         if shift and always and count:
             count -= 1
         kind = by_part.get(always)
-        if count > 0 and nulls[1].checked and kind in CLASSES:
+        if count > 0 and nulls[1].checked and kind in CLASSES and g.verdict == "resolved":
             found[kind] += count * live
             counted += count
     found["unresolved"] += max(0, rest - counted) * live
@@ -149,16 +152,19 @@ def totals(
     model: nn.Module,
     bound: dict[str, Any],
     gauges: Sequence[dict[str, Any]],
+    tied: Mapping[str, str],
 ) -> dict[str, Any]:
     """Sums over the layers; a weight that several layers use counts once."""
     sums = dict.fromkeys(("dead", *CLASSES), 0)
-    for layer in layers:
+    names = {layer["name"] for layer in layers}
+    once = [layer for layer in layers if tied.get(layer["name"]) not in names]
+    for layer in once:
         sums["dead"] += layer["dead"]["block"]
         for kind in CLASSES:
             sums[kind] += layer["dead"][kind]
     return {
         "parameters": sum(p.numel() for p in model.parameters()),
-        "scanned": sum(layer["parameters"] for layer in layers),
+        "scanned": sum(layer["parameters"] for layer in once),
         **sums,
         "gauge_dimension": sum(g["dimension"] for g in gauges),
         "lambda": bound,

@@ -25,9 +25,9 @@ from deaddir_fast.theory.rate import RateFit, fit_rate
 #: the null space: a flat direction read off activations of precision ε is off by an angle of c ε,
 #: and its curvature by (c ε)² times the spread of the eigenvalues it is told apart from.
 FLAT = 256.0
-#: However large the rounding, what is called flat stays below this: at the largest radius, 0.3, a
-#: direction of order 8 would show 5e-8.
-LEAST = 1e-9
+#: However large the rounding, what is called flat stays below this part of what a direction of
+#: order 8 would show at the largest radius r, r^14.
+LEAST = 0.02
 
 
 class Readout(nn.Module):
@@ -125,7 +125,8 @@ def measure(
     screen = radii[first]
     seen = rays(everything, screen)
     live = seen.kl[-1]
-    verdicts = {k: _flatness(chosen[k], seen.kl[k], live, eps) for k in everything[:-1]}
+    least = LEAST * float(radii[-1]) ** 14
+    verdicts = {k: _flatness(chosen[k], seen.kl[k], live, eps, least) for k in everything[:-1]}
     moving = [k for k, verdict in verdicts.items() if verdict is None]
     full = _completed(seen, moving, first, radii, rays) if moving else None
     quadratic = _kfac(factors, matrices)
@@ -266,7 +267,7 @@ def _kfac(factors: tuple[Tensor, Tensor], u: Tensor) -> Tensor:
 
 
 def _flatness(
-    c: Candidate, kl: Tensor, live: Tensor, eps: float
+    c: Candidate, kl: Tensor, live: Tensor, eps: float, least: float
 ) -> tuple[float | None, str] | None:
     """(order, verdict) of a direction that does not move or cannot be judged; None if it moves."""
     if not bool(torch.isfinite(kl).all()):
@@ -277,7 +278,7 @@ def _flatness(
         return None, "unresolved: flat on the samples the rays are read on, not on all"
     ratio = float((kl / live.clamp_min(1e-300)).max())
     floor = (FLAT * eps) ** 2 * c.spread
-    if ratio <= min(floor, LEAST):
+    if ratio <= min(floor, least):
         return math.inf, "flat"
     reaches = f"the divergence reaches {ratio:.1g} of that along a live direction"
     if c.part == "inputs":

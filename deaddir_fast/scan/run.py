@@ -82,6 +82,7 @@ def scan(
     radii: Any = None,
     draws: int = 1,
     seed: int = 0,
+    share_inputs: bool = True,
     ray_samples: int = 4,
     shards: int | None = None,
     sums: torch.dtype | None = None,
@@ -114,7 +115,7 @@ def scan(
         batches: as for ``kron_factors``; a sequence, or an object with ``__len__`` and
             ``batch(i)``, is not copied.
         out: folder of the scan.
-        likelihood, fisher, layers, draws, seed, strict: as for ``kron_factors``.
+        likelihood, fisher, layers, draws, seed, share_inputs, strict: as for ``kron_factors``.
         directions_per_layer: rays in each layer, besides one live direction to compare with; 0
             for none.
         radii: positive radii of the rays, by default eight from 1e-3 to 0.3.
@@ -191,7 +192,15 @@ def scan(
         )
         sums = torch.float64 if needed <= FP64_SUMS else torch.float32
     settings = check_settings(
-        likelihood, fisher, "expand", draws, seed, sums, True, LARGEST_HEAD, MOST_PASSES
+        likelihood,
+        fisher,
+        "expand",
+        draws,
+        seed,
+        sums,
+        share_inputs,
+        LARGEST_HEAD,
+        MOST_PASSES,
     )
     work = _Scan(model, data, Path(out), found, settings, options, device, progress)
     work.source = source or plain_type(model).__name__
@@ -273,6 +282,7 @@ class _Scan:
             "largest_spectrum": o.largest_spectrum,
             "gauges": o.gauges,
             "sharded": self.sharded,
+            "share_inputs": self.settings.share_inputs,
             "units": list(o.units),
         }
 
@@ -346,7 +356,14 @@ class _Scan:
                 )
             self.notes += stage.notes
             self.notes += [note for _, some in sorted(found.notes.items()) for note in some]
-            known = bound(self.model, self.survey, found.spectra, found.nulls, self.symmetries)
+            known = bound(
+                self.model,
+                self.survey,
+                found.spectra,
+                found.nulls,
+                found.readings,
+                self.symmetries,
+            )
             report = self._report(found, gauges, known, costs)
             report["probes"] = probes
             self._write(store, report, found.spectra)
@@ -624,7 +641,7 @@ class _Scan:
             "layers": layers,
             "skipped": [asdict(s) for s in self.survey.skipped],
             "gauges": gauges,
-            "totals": totals(layers, self.model, known, gauges),
+            "totals": totals(layers, self.model, known, gauges, self.survey.tied),
             "notes": list(dict.fromkeys(self.notes)),
         }
 

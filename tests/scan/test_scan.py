@@ -11,8 +11,11 @@ from torch.func import functional_call, jacrev
 
 import deaddir_fast as dd
 from deaddir_fast.scan.candidates import Candidate
+from deaddir_fast.scan.layer_report import dead_dimensions
 from deaddir_fast.scan.measure import _flatness
+from deaddir_fast.scan.nulls import Null
 from deaddir_fast.scan.scan_report import ScanReport
+from deaddir_fast.scan.spectra import Spectrum, spectrum
 
 EPS = 2.0**-52
 
@@ -174,8 +177,64 @@ def test_what_counts_as_flat(ratio, spread, eps, said):
     u = torch.zeros(2, 2)
     candidate = Candidate("x", "outputs", True, u, None, "", spread=spread)
     live = torch.tensor(1e-3).double()
-    found = _flatness(candidate, ratio * live.expand(2), live, eps)
+    found = _flatness(candidate, ratio * live.expand(2), live, eps, 1e-9)
     assert (found is None) if said is None else said in found[1]
+
+
+def test_short_rays_prove_nothing_flat(tmp_path):
+    """At t = 1e-3 order 3 shows 1e-12 of a live direction: that must not pass for flat."""
+    torch.manual_seed(1)
+    model = nn.Sequential(nn.Linear(4, 3, bias=False), Power(3), nn.Linear(3, 2, bias=False))
+    model = model.double().eval()
+    model[0].weight.data[2] = 0
+    report = dd.scan(
+        model, torch.randn(64, 4).double(), out=tmp_path / "s", likelihood="gaussian",
+        fisher="exact", radii=[1e-4, 1e-3],
+    )  # fmt: skip
+    entry = next(d for d in report.layers["0"]["directions"] if d["part"] == "outputs")
+    assert entry["class"] in ("singular", "unresolved") and entry["jet"] == 3
+
+
+def test_a_tied_weight_is_known_when_only_one_layer_is_read(tmp_path):
+    torch.manual_seed(7)
+
+    class Tied(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.emb, self.ln = nn.Embedding(9, 6), nn.LayerNorm(6)
+            self.head = nn.Linear(6, 9)
+            self.head.weight = self.emb.weight
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.head(self.ln(self.emb(x)))
+
+    model, x = Tied().double().eval(), torch.randint(0, 9, (40, 3))
+    report = dd.scan(model, x, out=tmp_path / "s", layers=["head"])
+    head, bound = report.layers["head"], report.data["totals"]["lambda"]
+    assert head["A"]["dead"] == 1 and "also that of emb" in head["notes"][0]
+    assert bound["flat"] == 0 and head["dead"]["unresolved"] == head["dead"]["block"]
+
+
+def test_what_is_in_doubt_is_neither_classified_nor_counted():
+    """Eigenvalues close to rounding, and a ray that contradicts the null space."""
+    values = torch.tensor([0.0, 1e-9, 1.0]).double()
+    g = spectrum(torch.eye(2).double(), relative=1e-14, limit=9)
+    matrix, null = torch.diag(values), torch.eye(3).double()[:, :1]
+    nulls = (Null(null, null[:, :0], 3, True), Null(null[:2, :0], null[:2, :0], 2, False))
+
+    def count(a: Spectrum, *readings: dict) -> dict[str, int]:
+        return dead_dimensions(a, g, nulls, readings, groups=1, outputs=2, shift=False)
+
+    sure = spectrum(matrix, relative=1e-14, limit=9)
+    assert count(sure)["algebraic"] == 2 and count(sure)["unresolved"] == 0
+    close = spectrum(matrix, relative=1e-11, limit=9)
+    assert close.ambiguous == 1 and count(close)["algebraic"] == 0
+    assert count(close)["unresolved"] == count(close)["block"] == 2
+    moved = {"part": "inputs", "class": "unresolved", "label": "x"}
+    assert count(sure, moved)["unresolved"] == 2
+    # Of three groups of two outputs each only what their inputs leave null is known.
+    groups = dead_dimensions(sure, g, None, [], groups=3, outputs=2, shift=False)
+    assert groups["block"] == groups["unresolved"] == 2
 
 
 def test_factors_are_those_of_kron_factors(tmp_path):

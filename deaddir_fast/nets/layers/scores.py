@@ -87,11 +87,12 @@ def scores(layer: Layer, x: Tensor, grad: Tensor, n: int, u: Slices) -> Tensor:
     for part in parts[1:]:
         total = total + part
     if u.bias is not None:
-        total = total + _of_bias(u.bias, g)
+        total = total + of_bias(u.bias, g)
     return total
 
 
-def _of_bias(bias: Tensor, g: Tensor) -> Tensor:
+def of_bias(bias: Tensor, g: Tensor) -> Tensor:
+    """(p, n) what the bias adds to the scores."""
     summed = g.sum(1, dtype=torch.promote_types(g.dtype, torch.float32))
     return bias.flatten(1).to(summed.dtype) @ summed.flatten(1).mT
 
@@ -100,7 +101,7 @@ def _pieces(layer: Layer, x: Tensor, g: Tensor, n: int, u: Slices) -> list[Tenso
     found = []
     for a, cut in layer.pieces(x, n):
         some = g if cut is None else g[cut.samples, cut.positions]
-        part = _contract(a, some, u)
+        part = contract(a, some, u)
         if cut is not None and part.shape[1] != n:
             whole = part.new_zeros(part.shape[0], n)
             whole[:, cut.samples] = part
@@ -109,7 +110,8 @@ def _pieces(layer: Layer, x: Tensor, g: Tensor, n: int, u: Slices) -> list[Tenso
     return found
 
 
-def _contract(a: Tensor, g: Tensor, u: Slices) -> Tensor:
+def contract(a: Tensor, g: Tensor, u: Slices) -> Tensor:
+    """(p, n) scores from rows (n, t, ...), without the bias."""
     if a.ndim == 4:
         # Groups: the gradient of each, then its product with the directions.
         assert u.u is not None
@@ -124,10 +126,6 @@ def _contract(a: Tensor, g: Tensor, u: Slices) -> Tensor:
 
 def _embedding(layer: Embedding, x: Tensor, g: Tensor, n: int, u: Slices) -> Tensor:
     index = layer.rows(x, n)[..., 0]
-    if u.low:
-        assert u.v is not None and u.w is not None
-        along = torch.einsum("nto,po->pnt", g, u.v.to(g.dtype))
-        return (along * u.w.to(g.dtype)[:, index]).sum(-1)
     assert u.u is not None
     return torch.stack([(one.mT[index].to(g.dtype) * g).sum((1, 2)) for one in u.u])
 
@@ -144,7 +142,7 @@ def _routed(layer: Layer, x: Tensor, g: Tensor, n: int, u: Slices) -> Tensor:
             )
         owner = found
     a, g = layer.rows(x, n).flatten(0, 1), g.flatten(0, 1)
-    each = _contract(a, g, u) if len(a) else g.new_zeros(_count(u), 0)
+    each = contract(a, g, u) if len(a) else g.new_zeros(_count(u), 0)
     if u.bias is not None:
         each = each + u.bias.to(each.dtype) @ g.to(each.dtype).mT
     return each.new_zeros(each.shape[0], n).index_add_(1, owner, each)
