@@ -302,7 +302,7 @@ def test_inputs_that_are_shared_at_first_only():
             return self.a(x) + self.b(x if len(x) <= 2 else x.clone())
 
     model, x = Late().eval(), torch.randn(5, 3).double()
-    with pytest.raises(RuntimeError, match="pass share_inputs=False"):
+    with pytest.raises(ValueError, match="pass share_inputs=False"):
         dd.kron_factors(model, x)
     alone = dd.kron_factors(model, x, share_inputs=False)
     assert_rms(alone["b"].A, alone["a"].A, 1e-15)
