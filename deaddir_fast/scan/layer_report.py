@@ -164,7 +164,9 @@ def totals(
             sums[kind] += layer["dead"][kind]
     return {
         "parameters": sum(p.numel() for p in model.parameters()),
-        "scanned": sum(layer["parameters"] for layer in once),
+        # Of a tied layer the bias is its own.
+        "scanned": sum(layer["parameters"] for layer in once)
+        + sum(layer["outputs"] for layer in layers if layer not in once and layer["bias"]),
         **sums,
         "gauge_dimension": sum(g["dimension"] for g in gauges),
         "lambda": bound,
