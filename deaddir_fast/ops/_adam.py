@@ -1,0 +1,196 @@
+"""What the optimizer steps share: hyper-parameters, Adam moments, rounding.
+
+A step works on lists of matrices, one entry per tensor (several tensors, one launch). Index
+letters: k tensors, o rows, i columns, b groups or blocks of units.
+
+Hyper-parameters travel as one fp64 tensor on the device of the parameters, so that a captured
+graph can change them; see :func:`hyper`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from deaddir_fast import _check
+from deaddir_fast.ops._blocks import accumulation
+
+#: Entries of the hyper-parameter tensor, in order.
+HYPER = (
+    "lr",
+    "beta1",
+    "beta2",
+    "eps",
+    "weight_decay",
+    "bias_correction1",
+    "bias_correction2",
+    "step",
+)
+
+
+def hyper(
+    step: float | Tensor,
+    *,
+    lr: float | Tensor,
+    betas: tuple[float, float],
+    eps: float,
+    weight_decay: float,
+    device: torch.device | None = None,
+) -> Tensor:
+    """(8,) fp64: the hyper-parameters of one step, in the order of `HYPER`.
+
+    Args:
+        step: number of this step, from 1 on; a 0-d tensor stays on its device.
+        lr, betas, eps, weight_decay: as in ``torch.optim.AdamW``; lr may be a 0-d tensor.
+        device: of the parameters; that of ``step`` where None.
+    """
+    if not isinstance(step, Tensor) and not isinstance(lr, Tensor):
+        one, two = 1 - betas[0] ** step, 1 - betas[1] ** step
+        return torch.tensor(
+            [lr, *betas, eps, weight_decay, one, two, step], dtype=torch.float64, device=device
+        )
+    if device is None:
+        device = step.device if isinstance(step, Tensor) else torch.device("cpu")
+    t = torch.as_tensor(step, device=device).to(torch.float64)
+    rate = torch.as_tensor(lr, device=device).to(torch.float64)
+    rest = [torch.full_like(t, x) for x in (*betas, eps, weight_decay)]
+    return torch.stack([rate, *rest, 1 - rest[0] ** t, 1 - rest[1] ** t, t])
+
+
+def scalars(values: Tensor, dtype: torch.dtype) -> dict[str, Tensor]:
+    """The hyper-parameters by name, 0-d, in the dtype of the arithmetic."""
+    cast = values.to(dtype)
+    return {name: cast[n] for n, name in enumerate(HYPER)}
+
+
+def update_moments(g: Tensor, m: Tensor, v: Tensor, h: dict[str, Tensor]) -> Tensor:
+    """Update m and v in place by the gradient g; return Adam's direction m' / (sqrt(v') + eps).
+
+    ``v`` may broadcast against ``m`` only in the caller: here all three have one shape.
+    """
+    m.copy_(m + (1 - h["beta1"]) * (g - m))
+    v.copy_(h["beta2"] * v + (1 - h["beta2"]) * g * g)
+    return direction(m, v, h)
+
+
+def direction(m: Tensor, v: Tensor, h: dict[str, Tensor]) -> Tensor:
+    """Adam's direction from the moments, bias-corrected."""
+    return (m / h["bias_correction1"]) / (v.sqrt() / h["bias_correction2"].sqrt() + h["eps"])
+
+
+def _hash(x: Tensor) -> Tensor:
+    """A 32-bit mixing function, on int64 tensors that hold 32 bits (Wellons 2018, lowbias32)."""
+    x = x ^ (x >> 16)
+    x = (x * 0x7FEB352D) & 0xFFFFFFFF
+    x = x ^ (x >> 15)
+    x = (x * 0x846CA68B) & 0xFFFFFFFF
+    return x ^ (x >> 16)
+
+
+def random_bits(count: int, seed: int, step: Tensor, k: int) -> Tensor:
+    """(count,) int64 in [0, 2^16): bits for the elements of tensor ``k``, by their offsets.
+
+    Counter-based, so that no backend, tiling or thread count changes them: elements 2j and 2j + 1
+    take the low and the high half of hash(key xor low32(j) xor hash(high32(j))), and the key is
+    hash(hash(hash(seed) xor step) xor k).
+    """
+    device = step.device
+    key = _hash(torch.tensor(seed & 0xFFFFFFFF, device=device))
+    key = _hash(key ^ (step.to(torch.int64) & 0xFFFFFFFF))
+    key = _hash(key ^ k)
+    offset = torch.arange(count, device=device)
+    pair = offset >> 1
+    high = pair >> 32
+    low = pair & 0xFFFFFFFF
+    mixed = _hash(key ^ low ^ _hash(high))
+    return torch.where(offset % 2 == 0, mixed & 0xFFFF, mixed >> 16)
+
+
+def store(w: Tensor, value: Tensor, seed: int, step: Tensor, k: int) -> None:
+    """Write ``value`` to ``w``; bf16 is rounded stochastically where ``seed`` >= 0.
+
+    Stochastic rounding adds 16 random bits below the mantissa and truncates: its mean is the
+    value, so that steps below half a unit in the last place are not lost (Zamirai et al. 2020,
+    "Revisiting BFloat16 Training"). NaN and infinity stay. Other dtypes round to nearest.
+    """
+    if seed < 0 or w.dtype != torch.bfloat16:
+        w.copy_(value)
+        return
+    bits = value.contiguous().view(torch.int32).to(torch.int64) & 0xFFFFFFFF
+    noise = random_bits(w.numel(), seed, step, k).reshape(w.shape)
+    rounded = (bits + noise) & 0xFFFF0000
+    signed = torch.where(rounded >= 2**31, rounded - 2**32, rounded).to(torch.int32)
+    w.copy_(torch.where(value.isfinite(), signed.view(torch.float32), value))
+
+
+def check_matrices(argument: str, values: Sequence[Tensor], like: Sequence[Tensor] | None) -> None:
+    """Check a list of contiguous matrices, of the shapes and the device of another list."""
+    if not isinstance(values, (list, tuple)):
+        raise _check.fail(argument, values, "a list of tensors", TypeError)
+    if like is not None and len(values) != len(like):
+        raise ValueError(f"{argument}: expected {len(like)} tensors, got {len(values)}")
+    for k, value in enumerate(values):
+        name = f"{argument}[{k}]"
+        _check.tensor(name, value, ndim=2)
+        if not value.is_contiguous():
+            raise _check.fail(name, value, "a contiguous matrix")
+        if value.dtype != values[0].dtype or value.device != values[0].device:
+            raise _check.fail(name, value, "the dtype and device of the first one")
+        if like is not None and value.shape != like[k].shape:
+            raise _check.fail(name, value, f"shape {tuple(like[k].shape)}")
+
+
+def check_vectors(
+    argument: str,
+    values: Sequence[Tensor | None],
+    lengths: Sequence[int],
+    dtype: torch.dtype,
+    device: torch.device,
+) -> None:
+    """Check a list of contiguous vectors or None, one per matrix."""
+    if not isinstance(values, (list, tuple)):
+        raise _check.fail(argument, values, "a list of tensors or None", TypeError)
+    if len(values) != len(lengths):
+        raise ValueError(f"{argument}: expected {len(lengths)} entries, got {len(values)}")
+    for k, (value, length) in enumerate(zip(values, lengths, strict=True)):
+        if value is None:
+            continue
+        name = f"{argument}[{k}]"
+        _check.tensor(name, value, ndim=1, dtypes=(dtype,))
+        _check.size(name, value, 0, length, "one entry per unit of the matrix")
+        if not value.is_contiguous() or value.device != device:
+            raise _check.fail(name, value, f"a contiguous vector on {device}")
+
+
+def check_step(
+    ws: Sequence[Tensor],
+    gs: Sequence[Tensor],
+    ms: Sequence[Tensor],
+    values: Tensor,
+    seed: int,
+) -> torch.dtype:
+    """Check what every step takes; return the dtype of its arithmetic and its state."""
+    check_matrices("ws", ws, None)
+    check_matrices("gs", gs, ws)
+    check_matrices("ms", ms, ws)
+    dtype = accumulation(*ws)
+    for argument, tensors, expected in (("gs", gs, None), ("ms", ms, dtype)):
+        for k, t in enumerate(tensors):
+            wanted = ws[k].dtype if expected is None else expected
+            if t.dtype != wanted or t.device != ws[0].device:
+                raise _check.fail(f"{argument}[{k}]", t, f"{wanted} on {ws[0].device}")
+    _check.tensor("hyper", values, ndim=1, dtypes=(torch.float64,))
+    _check.size("hyper", values, 0, len(HYPER), "lr, beta1, ... as in HYPER")
+    if ws and values.device != ws[0].device:
+        raise _check.fail("hyper", values, f"a tensor on {ws[0].device}")
+    _check.integer("seed", seed, -1)
+    if torch.is_grad_enabled():
+        for k, w in enumerate(ws):
+            if w.requires_grad:
+                raise RuntimeError(
+                    f"ws[{k}]: requires grad, and is written in place; call the step under "
+                    "torch.no_grad()"
+                )
+    return dtype
