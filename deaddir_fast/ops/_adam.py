@@ -10,6 +10,7 @@ graph can change them; see :func:`hyper`.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -59,25 +60,53 @@ def hyper(
     return torch.stack([rate, *rest, 1 - rest[0] ** t, 1 - rest[1] ** t, t])
 
 
-def scalars(values: Tensor, dtype: torch.dtype) -> dict[str, Tensor]:
-    """The hyper-parameters by name, 0-d, in the dtype of the arithmetic."""
-    cast = values.to(dtype)
-    return {name: cast[n] for n, name in enumerate(HYPER)}
+@dataclass(frozen=True)
+class Scalars:
+    """What the steps use of the hyper-parameters: computed in fp64, then rounded once.
 
-
-def update_moments(g: Tensor, m: Tensor, v: Tensor, h: dict[str, Tensor]) -> Tensor:
-    """Update m and v in place by the gradient g; return Adam's direction m' / (sqrt(v') + eps).
-
-    ``v`` may broadcast against ``m`` only in the caller: here all three have one shape.
+    Attributes:
+        lr, eps: as given.
+        keep: 1 - lr weight_decay.
+        rise1, rise2: 1 - beta, the weight of the new gradient; fall2: beta2.
+        scale1: 1 / bias_correction1. root2: sqrt(bias_correction2).
     """
-    m.copy_(m + (1 - h["beta1"]) * (g - m))
-    v.copy_(h["beta2"] * v + (1 - h["beta2"]) * g * g)
+
+    lr: Tensor
+    eps: Tensor
+    keep: Tensor
+    rise1: Tensor
+    rise2: Tensor
+    fall2: Tensor
+    scale1: Tensor
+    root2: Tensor
+
+
+def scalars(values: Tensor, dtype: torch.dtype) -> Scalars:
+    """The hyper-parameters as 0-d tensors in the dtype of the arithmetic."""
+    h = dict(zip(HYPER, values, strict=True))
+    exact = (
+        h["lr"],
+        h["eps"],
+        1 - h["lr"] * h["weight_decay"],
+        1 - h["beta1"],
+        1 - h["beta2"],
+        h["beta2"],
+        1 / h["bias_correction1"],
+        h["bias_correction2"].sqrt(),
+    )
+    return Scalars(*torch.stack(exact).to(dtype))
+
+
+def update_moments(g: Tensor, m: Tensor, v: Tensor, h: Scalars) -> Tensor:
+    """Update m and v in place by the gradient g; return Adam's direction m' / (sqrt(v') + eps)."""
+    m.copy_(m + h.rise1 * (g - m))
+    v.copy_(h.fall2 * v + h.rise2 * g * g)
     return direction(m, v, h)
 
 
-def direction(m: Tensor, v: Tensor, h: dict[str, Tensor]) -> Tensor:
+def direction(m: Tensor, v: Tensor, h: Scalars) -> Tensor:
     """Adam's direction from the moments, bias-corrected."""
-    return (m / h["bias_correction1"]) / (v.sqrt() / h["bias_correction2"].sqrt() + h["eps"])
+    return m * h.scale1 / (v.sqrt() / h.root2 + h.eps)
 
 
 def _hash(x: Tensor) -> Tensor:

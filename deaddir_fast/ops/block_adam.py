@@ -16,7 +16,7 @@ Bound: the products <u, w0> need all of a block's moments, so w is read twice mo
 best (blocks in cache) w, m, v read and written and g read once, 28 bytes an element in fp32; 44
 where blocks do not fit and m, v, w are read again. About 25 FLOP an element. Bound by memory.
 
-Source: "Dead Directions" (arXiv 2606.05957), DDCAdam: steps 1, 2, 6 and 7 for a multiplicative pair.
+Source: "Dead Directions" (arXiv 2606.05957), DDCAdam: steps 1, 2, 6, 7 of a multiplicative pair.
 """
 
 from __future__ import annotations
@@ -57,7 +57,7 @@ def reference_(
     decayed, directions = [], []
     for w, g, m, v, block, dim in zip(ws, gs, ms, vs, blocks, dims, strict=True):
         h = scalars(hyper, m.dtype)
-        w0 = (1 - h["lr"] * h["weight_decay"]) * w.to(m.dtype)
+        w0 = h.keep * w.to(m.dtype)
         gradient = -g.to(m.dtype) if maximize else g.to(m.dtype)
         tangent = at(rho, block, dim) * (gradient - at(along, block, dim) * w0)
         u = update_moments(tangent, m, v, h)
@@ -66,7 +66,7 @@ def reference_(
         directions.append(u)
     back = torch.where(inside, overlap / rho.square(), 0)
     for k, (w, m, block, dim) in enumerate(zip(ws, ms, blocks, dims, strict=True)):
-        lr = scalars(hyper, m.dtype)["lr"]
+        lr = scalars(hyper, m.dtype).lr
         u = directions[k] - at(back, block, dim) * decayed[k]
         new = at(grow, block, dim) * decayed[k] - lr * at(reach, block, dim) * u
         store(w, new, seed, hyper[7], k)

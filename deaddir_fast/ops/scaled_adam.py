@@ -2,10 +2,10 @@
 
 Index letters: o rows, i columns of each matrix of a list. With s = row_o col_i
 
-    w <- (1 - lr wd) w,   g~ = g s,   m, v <- Adam moments of g~,   w <- w - lr s m' / (sqrt(v') + eps)
+    g~ = g s,   m, v <- Adam moments of g~,   w <- (1 - lr wd) w - lr s m' / (sqrt(v') + eps)
 
-with m', v' bias-corrected as in ``torch.optim.AdamW``; without scales it is AdamW. If s moves with w
-under a rescaling of units (w -> c w, g -> g / c, s -> c s), then g~, m, v never see it and the
+with m', v' bias-corrected as in ``torch.optim.AdamW``; without scales it is AdamW. If s moves with
+w under a rescaling of units (w -> c w, g -> g / c, s -> c s), then g~, m, v never see it and the
 step moves with w: the path-norm frame of DDCAdam.
 
 Bound: w, m, v read and written and g read once, 28 bytes an element in fp32 (24 with bf16
@@ -56,8 +56,8 @@ def reference_(
         s = scale(rows[k], cols[k])
         gradient = -g.to(m.dtype) if maximize else g.to(m.dtype)
         u = update_moments(gradient if s is None else gradient * s, m, v, h)
-        step = h["lr"] * u if s is None else h["lr"] * s * u
-        new = (1 - h["lr"] * h["weight_decay"]) * w.to(m.dtype) - step
+        step = h.lr * u if s is None else h.lr * s * u
+        new = h.keep * w.to(m.dtype) - step
         store(w, new, seed, hyper[7], k)
 
 

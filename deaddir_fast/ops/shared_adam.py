@@ -44,12 +44,12 @@ def reference_(
         s = scale(rows[k], cols[k])
         gradient = -g.to(m.dtype) if maximize else g.to(m.dtype)
         gradient = gradient if s is None else gradient * s
-        m.copy_(m + (1 - h["beta1"]) * (gradient - m))
+        m.copy_(m + h.rise1 * (gradient - m))
         mean = group_mean(gradient.square(), row_groups[k], col_groups[k], v.shape)
-        v.copy_(h["beta2"] * v + (1 - h["beta2"]) * mean)
+        v.copy_(h.fall2 * v + h.rise2 * mean)
         u = direction(m, spread(v, row_groups[k], col_groups[k]), h)
-        step = h["lr"] * u if s is None else h["lr"] * s * u
-        new = (1 - h["lr"] * h["weight_decay"]) * w.to(m.dtype) - step
+        step = h.lr * u if s is None else h.lr * s * u
+        new = h.keep * w.to(m.dtype) - step
         store(w, new, seed, hyper[7], k)
 
 
