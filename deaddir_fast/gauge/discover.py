@@ -22,6 +22,7 @@ from deaddir_fast.gauge.rescaling import Rescaling, Slot
 from deaddir_fast.gauge.scaling import MOVES, SAME, Flow, aten, flow, grouped, operands, rule_of
 from deaddir_fast.gauge.shift import ClassShift
 from deaddir_fast.gauge.shifting import translations
+from deaddir_fast.gauge.turning import turned
 from deaddir_fast.gauge.units import Term
 from deaddir_fast.gauge.verify import Verifier, at_rest
 from deaddir_fast.nets.graph import batch_size, capture, slice_batch
@@ -174,7 +175,8 @@ def _diagonal(run: Flow) -> list[tuple[Gauge, Gauge | None]]:
             for part in parts:
                 by_size[len(part)].append(part)
         for size, same in sorted(by_size.items()):
-            claims.append(_claim(run, same, size, positive))
+            claim, weaker = _claim(run, same, size, positive)
+            claims += turned(run, claim) if isinstance(claim, Rescaling) else [(claim, weaker)]
     order = {name: i for i, name in enumerate(run.capture.names)}
     return sorted(claims, key=lambda c: order[c[0].parameters[0]])
 
