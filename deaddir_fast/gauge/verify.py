@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from deaddir_fast.gauge.base import Gauge
 from deaddir_fast.nets.graph import call_model, readable_attention, recorded
@@ -17,17 +18,41 @@ from deaddir_fast.nets.graph import call_model, readable_attention, recorded
 # Rounding allowed, in units of the working precision. A false claim misses by far more, since
 # elements are of order one and the point is generic.
 _SLACK = 2.0**20
-_POINTS = 2
+
+
+class _NoNarrowing(TorchDispatchMode):
+    """Casts to floating-point numbers, and new tensors of a given type, give fp64.
+
+    Many models compute norms, positions or scores in fp32 whatever their own precision is.
+    """
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """Run an operation with its ``dtype`` widened."""
+        kwargs = dict(kwargs or {})
+        dtype = kwargs.get("dtype")
+        if dtype is not None and dtype.is_floating_point:
+            kwargs["dtype"] = torch.float64
+        return func(*args, **kwargs)
 
 
 @contextmanager
 def at_rest(model: nn.Module) -> Iterator[None]:
-    """The model in evaluation mode with its plain attention path; every flag is put back."""
+    """The model in evaluation mode with its plain attention path; every flag is put back.
+
+    Experts of a Hugging Face model run as one grouped matrix product, which can be followed.
+    """
     flags = [(m, m.training) for m in model.modules()]
+    experts = {
+        id(c): (c, c._experts_implementation)
+        for m, _ in flags
+        if hasattr(c := getattr(m, "config", None), "_experts_implementation")
+    }
     fast = torch.backends.mha.get_fastpath_enabled()
     try:
         for module, _ in flags:
             module.training = False
+        for config, _ in experts.values():
+            config._experts_implementation = "grouped_mm"
         torch.backends.mha.set_fastpath_enabled(False)
         with readable_attention():
             yield
@@ -35,6 +60,8 @@ def at_rest(model: nn.Module) -> Iterator[None]:
         torch.backends.mha.set_fastpath_enabled(fast)
         for module, training in flags:
             module.training = training
+        for config, implementation in experts.values():
+            config._experts_implementation = implementation
 
 
 class Verifier:
@@ -44,8 +71,8 @@ class Verifier:
     at zero makes many changes invisible). All claims are checked together, at one point after
     the other: true symmetries compose to one, so a forward pass before and one after, and a
     backward pass, serve them all. Besides the model this takes at most four copies of its
-    parameters in fp64 (the model's own, the point, the point acted on or its gradient, and the
-    largest tangent) and the activations of the pass.
+    parameters in fp64 (both points, and one of them acted on, of which two overlap for a
+    moment, or its gradient) and the activations of the pass.
     """
 
     def __init__(self, model: nn.Module, inputs: Any) -> None:
@@ -54,36 +81,37 @@ class Verifier:
 
         self._model = model
         own = {k: v.detach() for k, v in model.named_parameters()}
-        buffers = dict(model.named_buffers())
-        self._outputs: dict[int, Tensor] = {}
-        try:
-            self._buffers = {k: wide(v.detach()) for k, v in buffers.items()}
-            self._inputs = pytree.tree_map(wide, inputs)
-            self._own = {k: wide(v) for k, v in own.items()}
-            self._output(0, self._own)
-        except (RuntimeError, TypeError):  # casts inside the forward pass
-            self._buffers = {k: v.detach() for k, v in buffers.items()}
-            self._inputs, self._own = inputs, own
-            self._output(0, self._own)
+        buffers = {k: v.detach() for k, v in model.named_buffers()}
         self._draw = torch.Generator().manual_seed(1)
-        self._tolerance = min(1e-3, _SLACK * torch.finfo(self._outputs[0].dtype).eps)
+        # Some models fail in fp64 without their casts, some with them.
+        for mode in (_NoNarrowing, nullcontext, None):
+            self._precision = mode or nullcontext
+            change = wide if mode else (lambda x: x)
+            self._buffers = {k: change(v) for k, v in buffers.items()}
+            self._inputs = pytree.tree_map(change, inputs)
+            state = {k: change(v) for k, v in own.items()}
+            try:
+                output = self.evaluate(state).detach()
+            except (RuntimeError, TypeError):
+                if mode is None:
+                    raise
+                continue
+            break
+        self._points = [state, {k: self._near(v) for k, v in state.items()}]
+        self._outputs = [output, self.evaluate(self._points[1]).detach()]
+        self._tolerance = min(1e-3, _SLACK * torch.finfo(output.dtype).eps)
 
-    def _point(self, i: int) -> dict[str, Tensor]:
-        """The model's own parameters, or the point near them; made anew on every call."""
-        if i == 0:
-            return self._own
-        draw = torch.Generator().manual_seed(2)
-        return {k: _near(v, draw) for k, v in self._own.items()}
-
-    def _output(self, i: int, state: dict[str, Tensor]) -> Tensor:
-        if i not in self._outputs:
-            self._outputs[i] = self.evaluate(state).detach()
-        return self._outputs[i]
+    def _near(self, w: Tensor) -> Tensor:
+        if not w.is_floating_point():
+            return w
+        noise = torch.randn(w.shape, generator=self._draw).to(w)
+        size = w.square().mean().sqrt() if w.numel() else 1.0
+        return noise.mul_(0.3 * size + 0.05).add_(w)
 
     def evaluate(self, state: dict[str, Tensor]) -> Tensor:
         """The model's output at other parameters."""
         # As in the capture: Hugging Face experts run in fp64 only where they are traceable.
-        with recorded():
+        with recorded(), self._precision():
             return call_model(self._model, {**self._buffers, **state}, self._inputs)
 
     def _gradient(self, state: dict[str, Tensor], z: Tensor, categorical: bool) -> _Gradient:
@@ -113,35 +141,31 @@ class Verifier:
         carries.
         """
         reasons: list[str | None] = [None] * len(gauges)
-        for categorical in (False, True):
-            chosen = [
-                i for i, g in enumerate(gauges) if (g.likelihood == "categorical") == categorical
-            ]
-            for p in range(_POINTS):
-                state = self._point(p)
-                open_ = [i for i in chosen if reasons[i] is None]
-                for i, reason in zip(
-                    open_, self._changes(p, state, [gauges[i] for i in open_]), strict=True
-                ):
+        for p, state in enumerate(self._points):
+            for categorical in (False, True):
+                chosen = [
+                    i
+                    for i, g in enumerate(gauges)
+                    if reasons[i] is None and (g.likelihood == "categorical") == categorical
+                ]
+                found = self._changes(p, [gauges[i] for i in chosen])
+                for i, reason in zip(chosen, found, strict=True):
                     reasons[i] = reason
-                open_ = [i for i in open_ if reasons[i] is None]
-                if open_:
-                    gradient = self._gradient(state, self._output(p, state), categorical)
-                    for i in open_:
+                chosen = [i for i in chosen if reasons[i] is None]
+                if chosen:
+                    gradient = self._gradient(state, self._outputs[p], categorical)
+                    for i in chosen:
                         reasons[i] = self._slope(gauges[i], state, gradient)
         return reasons
 
-    def _changes(
-        self, p: int, state: dict[str, Tensor], gauges: Sequence[Gauge]
-    ) -> list[str | None]:
+    def _changes(self, p: int, gauges: Sequence[Gauge]) -> list[str | None]:
         """What random elements of gauges of one likelihood do to the outputs, if anything.
 
         They act one after the other; where that changes the outputs, the halves are tried apart.
         """
         if not gauges:
             return []
-        before = self._output(p, state)
-        moved = state
+        before, moved = self._outputs[p], self._points[p]
         for gauge in gauges:
             moved = gauge.act(moved, gauge.random_element(self._draw))
         after = self.evaluate(moved).detach()
@@ -157,8 +181,8 @@ class Verifier:
             return [f"a random element changes the outputs by {error:.1e} of their size"]
         half = len(gauges) // 2
         return [
-            *self._changes(p, state, gauges[:half]),
-            *self._changes(p, state, gauges[half:]),
+            *self._changes(p, gauges[:half]),
+            *self._changes(p, gauges[half:]),
         ]
 
     def _slope(self, gauge: Gauge, state: dict[str, Tensor], gradient: _Gradient) -> str | None:
@@ -178,7 +202,7 @@ class Verifier:
 
     def moves(self, gauges: Sequence[Gauge]) -> list[bool]:
         """For each gauge whether a random tangent moves any parameter at a generic point."""
-        state = self._point(1)
+        state = self._points[1]
         algebras = [torch.randn(g.shape, dtype=torch.float64, generator=self._draw) for g in gauges]
         return [
             any(bool(v.any()) for v in g.velocity(state, x).values())
@@ -190,11 +214,3 @@ class Verifier:
 class _Gradient:
     of: dict[str, Tensor]
     norm: float
-
-
-def _near(w: Tensor, draw: torch.Generator) -> Tensor:
-    if not w.is_floating_point():
-        return w
-    noise = torch.randn(w.shape, dtype=torch.float64, generator=draw).to(w)
-    size = w.square().mean().sqrt() if w.numel() else 1.0
-    return w + noise * (0.3 * size + 0.05)
