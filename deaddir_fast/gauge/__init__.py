@@ -1,6 +1,7 @@
 """Symmetry groups of a model's parameters: discovery, action, orbit tangents, quotient."""
 
 from deaddir_fast.gauge.base import Gauge
+from deaddir_fast.gauge.complex import ComplexRescaling
 from deaddir_fast.gauge.discover import find
 from deaddir_fast.gauge.linear import GeneralLinear
 from deaddir_fast.gauge.quotient import orthonormal_tangents, project_out
@@ -9,6 +10,7 @@ from deaddir_fast.gauge.shift import ClassShift, Translation
 
 __all__ = [
     "ClassShift",
+    "ComplexRescaling",
     "Gauge",
     "GeneralLinear",
     "Rescaling",
