@@ -141,7 +141,7 @@ class Verifier:
         carries.
         """
         reasons: list[str | None] = [None] * len(gauges)
-        for p, state in enumerate(self._points):
+        for p in range(len(self._points)):
             for categorical in (False, True):
                 chosen = [
                     i
@@ -152,10 +152,9 @@ class Verifier:
                 for i, reason in zip(chosen, found, strict=True):
                     reasons[i] = reason
                 chosen = [i for i in chosen if reasons[i] is None]
-                if chosen:
-                    gradient = self._gradient(state, self._outputs[p], categorical)
-                    for i in chosen:
-                        reasons[i] = self._slope(gauges[i], state, gradient)
+                found = self._slopes(p, [gauges[i] for i in chosen])
+                for i, reason in zip(chosen, found, strict=True):
+                    reasons[i] = reason
         return reasons
 
     def _changes(self, p: int, gauges: Sequence[Gauge]) -> list[str | None]:
@@ -184,6 +183,15 @@ class Verifier:
             *self._changes(p, gauges[:half]),
             *self._changes(p, gauges[half:]),
         ]
+
+    def _slopes(self, p: int, gauges: Sequence[Gauge]) -> list[str | None]:
+        """What random tangents of gauges of one likelihood do to the outputs, if anything."""
+        if not gauges:
+            return []
+        state = self._points[p]
+        categorical = gauges[0].likelihood == "categorical"
+        gradient = self._gradient(state, self._outputs[p], categorical)
+        return [self._slope(g, state, gradient) for g in gauges]
 
     def _slope(self, gauge: Gauge, state: dict[str, Tensor], gradient: _Gradient) -> str | None:
         algebra = torch.randn(gauge.shape, dtype=torch.float64, generator=self._draw)
