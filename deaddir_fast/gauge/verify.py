@@ -42,16 +42,17 @@ def at_rest(model: nn.Module) -> Iterator[None]:
     Experts of a Hugging Face model run as one grouped matrix product, which can be followed.
     """
     flags = [(m, m.training) for m in model.modules()]
-    experts = {
-        id(c): (c, c._experts_implementation)
-        for m, _ in flags
-        if hasattr(c := getattr(m, "config", None), "_experts_implementation")
-    }
+    configs: dict[int, Any] = {id(c): c for m, _ in flags for c in [getattr(m, "config", None)]}
+    experts = [
+        (c, c._experts_implementation)
+        for c in configs.values()
+        if hasattr(c, "_experts_implementation")
+    ]
     fast = torch.backends.mha.get_fastpath_enabled()
     try:
         for module, _ in flags:
             module.training = False
-        for config, _ in experts.values():
+        for config, _ in experts:
             config._experts_implementation = "grouped_mm"
         torch.backends.mha.set_fastpath_enabled(False)
         with readable_attention():
@@ -60,7 +61,7 @@ def at_rest(model: nn.Module) -> Iterator[None]:
         torch.backends.mha.set_fastpath_enabled(fast)
         for module, training in flags:
             module.training = training
-        for config, implementation in experts.values():
+        for config, implementation in experts:
             config._experts_implementation = implementation
 
 
