@@ -163,6 +163,8 @@ def _step(walk: _Walk, node: fx.Node) -> Any:
         return _convolution(walk, node)
     if not marked:
         return None
+    if target is aten.cat.default:
+        return _cat(walk, node)
     mark = walk.marks.get(args[0]) if isinstance(args[0], fx.Node) else None
     if target is operator.getitem and isinstance(mark, list):
         return mark[args[1]]
@@ -229,6 +231,20 @@ def _move(walk: _Walk, node: fx.Node, mark: Any) -> Any:
 
 def _keeps_last(node: fx.Node) -> bool:
     return node.target in (aten.view.default, aten.expand.default, aten._unsafe_view.default)
+
+
+def _cat(walk: _Walk, node: fx.Node) -> _Moved | None:
+    tensors = operands(node)[0]
+    dim = operands(node)[1] if len(operands(node)) > 1 else 0
+    marks = [walk.marks.get(t) for t in tensors]
+    if not all(m is None or isinstance(m, _Moved) for m in marks):
+        walk.fail(*tensors)
+        return None
+    parts = [
+        np.broadcast_to(0 if m is None else m.ids, walk.run.shape(t))
+        for t, m in zip(tensors, marks, strict=True)
+    ]
+    return _Moved(compress(np.concatenate(parts, dim)))
 
 
 def _mean(walk: _Walk, node: fx.Node, mark: _Moved) -> Any:

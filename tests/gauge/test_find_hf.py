@@ -246,6 +246,8 @@ LISTS: dict[str, tuple[Callable[[], nn.Module], Lines]] = {
                 "R^16",
                 16,
             ),
+            # keys of the four units that see no position
+            (f"translation: {X}.attention.query_key_value.bias -> softmax", "R^8", 8),
             ("class shift: lm_head", "R^16", 16),
         },
     ),
@@ -360,6 +362,7 @@ def test_tangents_lie_in_the_null_space_of_the_exact_fisher(name: str) -> None:
     found = gauge.find(model, ids())
     state = state_of(model)
     root = fisher_root(model, state, list(state))
+    rounding = 1e-8 if name == "GPT-J" else 1e-12  # GPT-J computes its scores in fp32
     scale = torch.linalg.matrix_norm(root, 2)
     random = torch.randn(8, root.shape[1], dtype=torch.float64)
     assert ((random @ root.T).norm(dim=1) / random.norm(dim=1) / scale).min() > 1e-3
@@ -374,7 +377,7 @@ def test_tangents_lie_in_the_null_space_of_the_exact_fisher(name: str) -> None:
         )
         lengths = tangents.norm(dim=1)
         assert lengths.min() > 0
-        assert ((tangents @ root.T).norm(dim=1) / scale / lengths).max() <= 1e-12, g.name
+        assert ((tangents @ root.T).norm(dim=1) / scale / lengths).max() <= rounding, g.name
 
 
 @pytest.mark.parametrize("name", ["Llama", "Qwen2", "Mixtral"])
@@ -390,10 +393,11 @@ def test_queries_and_keys_have_no_symmetry_beyond_the_complex_one(name: str) -> 
 
 
 def test_experts_have_no_symmetry_beyond_the_scale_of_units() -> None:
-    model = LISTS["Mixtral"][0]().double()
+    """3 experts of 4 units: 12 null directions of the Fisher of the experts, no more."""
+    model = mixtral(intermediate_size=4).double()
     state = state_of(model)
     chosen = [k for k in state if ".experts." in k]
-    root = fisher_root(model, state, chosen)
-    sizes = torch.linalg.svdvals(root)
+    sizes = torch.linalg.svdvals(fisher_root(model, state, chosen))
     total = sum(state[k].numel() for k in chosen)
-    print(sizes.numel(), total, sizes)
+    assert sizes.numel() == total
+    assert sizes[total - 13] > 1e-9 * sizes[0] and sizes[total - 12] < 1e-13 * sizes[0]
