@@ -339,13 +339,15 @@ def state_of(model: nn.Module) -> dict[str, Tensor]:
     }
 
 
-def fisher_root(model: nn.Module, state: dict[str, Tensor], chosen: list[str]) -> Tensor:
+def fisher_root(
+    model: nn.Module, state: dict[str, Tensor], chosen: list[str], samples: int = 10
+) -> Tensor:
     """Dense R with F = R^T R over the chosen parameters, for classes, in fp64."""
     model.eval()
     if hasattr(model.config, "_experts_implementation"):
         model.config._experts_implementation = "batched_mm"
     leaves = {k: v.clone().requires_grad_(k in chosen) for k, v in state.items()}
-    z = call_model(model, {**dict(model.named_buffers()), **leaves}, ids(10, 7))
+    z = call_model(model, {**dict(model.named_buffers()), **leaves}, ids(samples, 7))
     z = z.reshape(-1, VOCABULARY)
     of = [leaves[k] for k in chosen]
     each = torch.eye(z.numel(), dtype=torch.float64).reshape(-1, *z.shape)
@@ -401,3 +403,21 @@ def test_experts_have_no_symmetry_beyond_the_scale_of_units() -> None:
     total = sum(state[k].numel() for k in chosen)
     assert sizes.numel() == total
     assert sizes[total - 13] > 1e-9 * sizes[0] and sizes[total - 12] < 1e-13 * sizes[0]
+
+
+@pytest.mark.slow
+def test_nothing_is_missing_from_the_list_of_a_tied_llama() -> None:
+    """Generic point, more outputs than parameters: every null direction is an orbit direction.
+
+    (An embedding of its own for the head would let the residual stream rotate, which is not
+    searched for.)
+    """
+    model = llama(tie_word_embeddings=True).double()
+    state = state_of(model)
+    found = gauge.find(model, ids())
+    assert sum(g.dimension for g in found) == 8 + 8 + 32 + 8 + 10
+    root = fisher_root(model, state, list(state), samples=18)
+    sizes = torch.linalg.svdvals(root)
+    assert root.shape[0] > root.shape[1] == sizes.numel()
+    assert int((sizes < 1e-11 * sizes[0]).sum()) == 66
+    assert gauge.orthonormal_tangents(found, state)[1] == 66
