@@ -12,7 +12,17 @@ from torch import Tensor, nn
 from torch.func import functional_call, jacrev
 
 from deaddir_fast import gauge
-from gauge.models import Attention, Gated, Residual, Shared, TiedHead, deep_linear, mlp, normed
+from gauge.models import (
+    Attention,
+    Gated,
+    Residual,
+    Rotary,
+    Shared,
+    TiedHead,
+    deep_linear,
+    mlp,
+    normed,
+)
 
 MODELS = {
     "mlp": (mlp, (9, 4)),
@@ -29,6 +39,8 @@ MODELS = {
     "shared": (Shared, (9, 4)),
     "tied": (lambda: TiedHead(F.relu), None),
     "attention": (Attention, (4, 3, 6)),
+    "rotary": (Rotary, (4, 5, 6)),
+    "rotary pairs": (lambda: Rotary(rotary=2, neighbours=True), (4, 5, 6)),
 }
 
 
