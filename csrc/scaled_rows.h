@@ -13,6 +13,24 @@ struct Is {
   static constexpr Scaling value = S;
 };
 
+template <class T, Scaling S>
+inline T scale_of(T a, const T* col, int64_t j) {
+  return S == Scaling::none ? T(1) : S == Scaling::one ? a : a * col[j];
+}
+
+// body(a, col, scaling) for row o from column j0 on: its elements have the scale a col[j].
+template <class T, class Body>
+inline void scaled_row(const StepMatrix& x, int64_t o, int64_t j0, const Body& body) {
+  const T *row = static_cast<const T*>(x.row), *col = static_cast<const T*>(x.col);
+  const T a = row ? row[o] : T(1);
+  if (col)
+    body(a, col + j0, Is<Scaling::each>{});
+  else if (row)
+    body(a, col, Is<Scaling::one>{});
+  else
+    body(a, col, Is<Scaling::none>{});
+}
+
 // The place of the last of `count` ascending numbers that is not above `x`.
 inline int64_t last_not_above(const int64_t* numbers, int64_t count, int64_t x) {
   int64_t low = 0, high = count;
@@ -78,13 +96,36 @@ inline void scaled_spans(const StepMatrix& x, int64_t from, int64_t to, const Bo
   }
   for (int64_t at = from; at < to;) {
     const int64_t o = at / x.i, i = at % x.i, n = smaller(x.i - i, to - at);
-    const T a = row ? row[o] : T(1);
-    if (col)
-      body(at, n, a, col + i, Is<Scaling::each>{});
-    else
-      body(at, n, a, col, Is<Scaling::one>{});
+    scaled_row<T>(x, o, i, [&](T a, const T* c, auto scaling) { body(at, n, a, c, scaling); });
     at += n;
   }
+}
+
+// w, g, m, v of some elements with one scaling; `out` takes the new w and may be w.
+template <Scaling S, class T>
+inline void adam_span(const T* w, const T* g, T* m, T* v, T a, const T* col, int64_t count, T* out,
+                      T sign, const Scalars<T> h) {
+  DDF_INDEPENDENT
+  for (int64_t j = 0; j < count; ++j) {
+    const T s = scale_of<T, S>(a, col, j);
+    const T u = update_moments(sign * g[j] * s, m[j], v[j], h);
+    out[j] = h.keep * w[j] - h.lr * s * u;
+  }
+}
+
+// The step of the elements [from, to) of a matrix whose v has one entry an element.
+template <class T>
+void adam_elements(const StepMatrix& x, Type type, int64_t from, int64_t to, T sign,
+                   const Scalars<T>& h, const Noise* noise) {
+  if (from >= to) return;
+  const Parameters<T> parameters{x.w, x.g, type, noise};
+  T *m = static_cast<T*>(x.m), *v = static_cast<T*>(x.v);
+  scaled_spans<T>(x, from, to, [&](int64_t at, int64_t n, T a, const T* col, auto scaling) {
+    constexpr Scaling S = decltype(scaling)::value;
+    parameters.each(at, n, [&](int64_t j, int64_t some, const T* w, const T* g, T* out) {
+      adam_span<S>(w, g, m + at + j, v + at + j, a, col ? col + j : col, some, out, sign, h);
+    });
+  });
 }
 
 }  // namespace ddf::DDF_ISA
