@@ -1,3 +1,5 @@
+#include <nanobind/stl/vector.h>
+
 #include "bind_lists.h"
 #include "random_bits.h"
 #include "scaled_adam.h"
