@@ -10,6 +10,10 @@
 #include "kron_quadratic.h"
 #include "kron_quadratic_rank1.h"
 #include "linear_softmax_fisher.h"
+#include "random_bits.h"
+#include "scaled_adam.h"
+#include "scaled_squares.h"
+#include "shared_adam.h"
 #include "softmax_fisher.h"
 #include "softmax_kl.h"
 
@@ -49,6 +53,10 @@ DDF_DISPATCH(kron_matvec, KronMatvec)
 DDF_DISPATCH(kron_quadratic, KronQuadratic)
 DDF_DISPATCH(kron_quadratic_rank1, KronQuadraticRank1)
 DDF_DISPATCH(linear_softmax_fisher, LinearSoftmaxFisher)
+DDF_DISPATCH(random_bits, RandomBits)
+DDF_DISPATCH(scaled_adam, ScaledAdam)
+DDF_DISPATCH(scaled_squares, ScaledSquares)
+DDF_DISPATCH(shared_adam, SharedAdam)
 DDF_DISPATCH(softmax_fisher, SoftmaxFisher)
 DDF_DISPATCH(softmax_kl, SoftmaxKl)
 

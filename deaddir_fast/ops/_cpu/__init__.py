@@ -1,5 +1,6 @@
 """Launchers of the C++ kernels, one file per family; names are those of the operations."""
 
+from deaddir_fast.ops._cpu.adam import scaled_adam_, scaled_squares, shared_adam_
 from deaddir_fast.ops._cpu.curvature import (
     directional_curvature,
     directional_curvature_rank1,
@@ -29,6 +30,9 @@ __all__ = [
     "kron_quadratic_rank1",
     "kron_solve",
     "linear_softmax_fisher",
+    "scaled_adam_",
+    "scaled_squares",
+    "shared_adam_",
     "softmax_fisher",
     "softmax_kl",
 ]
