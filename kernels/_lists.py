@@ -157,8 +157,3 @@ def entry(table_ptr, programs, FIELDS: tl.constexpr):
     number = packed & 0xFFFFFFFF
     return table_ptr + tensor * FIELDS, tensor, number
 
-
-@triton.jit
-def pointer(row_ptr, FIELD: tl.constexpr, TYPE: tl.constexpr):
-    """The address in a field of a row, as a pointer."""
-    return tl.load(row_ptr + FIELD).to(tl.pointer_type(TYPE))
