@@ -1,9 +1,10 @@
 """What the optimizer steps share: hyper-parameters, random bits, the step of a block of elements.
 
 A matrix is cut into blocks of consecutive elements. The arithmetic is that of the reference,
-operation by operation, with IEEE division and square root and no fused multiply-adds: the
-launches pass ``enable_fp_fusion=False``. So the bits are those of the reference, and so is
-stochastic rounding.
+operation by operation in IEEE arithmetic: correctly rounded division and square root, and no fused
+multiply-adds (the launches pass ``enable_fp_fusion=False``), which a kernel bound by memory can
+afford. So results do not depend on block, path or device, and random bits are those of the
+reference.
 
 Of a block three copies are compiled. Where it lies in one row (or nothing depends on the place)
 everything is loaded by vectors; where it crosses rows, the scales and the shared moments are
@@ -15,12 +16,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import triton
 import triton.language as tl
 
-from deaddir_fast.kernels._lists import entry
+from deaddir_fast.kernels._case import NAMES, Case
+from deaddir_fast.kernels._lists import TYPES, entry
 
 #: Numbers in the row of a tensor, and their order: addresses of w, g, m, v and of the scales of
 #: rows and columns; elements, columns, flags; addresses of the groups of rows and columns, columns
@@ -269,3 +272,120 @@ def step_program(
         else:
             step_block(row_ptr, hyper_ptr, start, line, first, width, size, key, maximize,
                        W, STATE, SHARED, STOCHASTIC, BLOCK, VECTOR, MASKED)  # fmt: skip
+
+
+# --- configurations -------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Config:
+    """Elements of a block and warps of a program: 16 bytes or more a lane of the narrowest type."""
+
+    block: int
+    warps: int
+
+
+#: By the type of the parameters. Chosen by registers and bytes in flight, not by timing: a kernel
+#: that writes its inputs must not be tuned on them.
+CONFIGS: dict[torch.dtype, Config] = {
+    torch.float64: Config(512, 4),
+    torch.float32: Config(1024, 4),
+    torch.bfloat16: Config(1024, 4),
+    torch.float16: Config(1024, 4),
+}
+
+#: Blocks that one program may take, from many to few. Many keep the table short and the pointers
+#: in registers; few fill the device.
+STEPS = (16, 8, 4, 2, 1)
+
+#: Programs for each multiprocessor that fill a device several times over.
+PROGRAMS = 32
+
+
+def steps(sizes: Sequence[int], block: int, processors: int) -> int:
+    """Blocks of a program: the most that still make `PROGRAMS` for each multiprocessor."""
+    for count in STEPS:
+        if sum(-(-size // (block * count)) for size in sizes) >= PROGRAMS * processors:
+            return count
+    return STEPS[-1]
+
+
+def vector(dtype: torch.dtype) -> int:
+    """Elements whose number divides a row where all of its rows start at multiples of 16 bytes."""
+    return 16 // min(dtype.itemsize, 4)
+
+
+def flags(elements: Sequence[int], columns: Sequence[int], width: int, dtype: torch.dtype) -> int:
+    """Say what the addresses of one tensor allow.
+
+    Args:
+        elements: addresses of what is as long as the matrix.
+        columns: addresses of what depends on the place: scales (0 for one of two that is absent),
+            shared moments and their groups. Empty if nothing does.
+        width: columns of the matrix.
+    """
+    result = 0
+    if all(x % 16 == 0 for x in elements):
+        result |= ALIGNED
+    if width % vector(dtype) == 0 and all(x % 16 == 0 for x in columns):
+        result |= EVEN
+    if not columns:
+        result |= PLAIN
+    return result
+
+
+def signed32(seed: int) -> int:
+    """The low 32 bits as the int32 that has them: one type, whatever the seed."""
+    low = seed & 0xFFFFFFFF
+    return low - 2**32 if low >= 2**31 else low
+
+
+def constants(dtype: torch.dtype, config: Config, seed: int) -> dict[str, Any]:
+    """What the kernels are compiled for."""
+    return {
+        "FIELDS": FIELDS,
+        "W": TYPES[dtype],
+        "STATE": tl.float64 if dtype == torch.float64 else tl.float32,
+        "STOCHASTIC": seed >= 0 and dtype == torch.bfloat16,
+        "BLOCK": config.block,
+        "VECTOR": vector(dtype),
+    }
+
+
+# --- ahead-of-time cases --------------------------------------------------------------------------
+
+HELPERS = (
+    entry,
+    hashed,
+    stream_key,
+    rounded,
+    divide,
+    root,
+    scalars,
+    read,
+    write,
+    step_block,
+    step_program,
+)
+
+
+def cases(kernel: Any, helpers: tuple[Any, ...]) -> list[Case]:
+    """All compilations of a kernel that takes the step."""
+    signature = {"table_ptr": "*i64", "hyper_ptr": "*fp64"}
+    integers = dict.fromkeys(("programs", "steps", "seed", "maximize"), "i32")
+    return [
+        Case(
+            kernel=kernel,
+            label=NAMES[dtype] + " stochastic" * (seed >= 0),
+            signature={**signature, **integers},
+            constants=constants(dtype, config, seed),
+            warps=config.warps,
+            stages=3,
+            aligned=tuple(signature),
+            unit="vectors",
+            helpers=(*HELPERS, *helpers),
+            fusion=False,
+        )
+        for dtype, config in CONFIGS.items()
+        for seed in ((-1, 0) if dtype == torch.bfloat16 else (-1,))
+    ]

@@ -27,6 +27,14 @@ from torch import Tensor
 #: Tables that are kept; one list of tensors needs one to three.
 SIZE = 256
 
+#: Triton's types.
+TYPES = {
+    torch.float64: tl.float64,
+    torch.float32: tl.float32,
+    torch.bfloat16: tl.bfloat16,
+    torch.float16: tl.float16,
+}
+
 Build = Callable[..., np.ndarray]
 
 
