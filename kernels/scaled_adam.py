@@ -67,8 +67,7 @@ def build(
     """The table, from addresses and shapes."""
     table = []
     for w, g, m, v, row, col, (o, i) in zip(ws, gs, ms, vs, rows, cols, shapes, strict=True):
-        scales = (row, col) if row or col else ()
-        flag = adam.flags((w, g, m, v), scales, i, dtype)
+        flag = adam.flags((w, g, m, v), (col,) if row or col else (), i, dtype)
         table.append((w, g, m, v, row, col, o * i, max(1, i), flag, 0, 0, 0))
     return lists.pack(table, [-(-o * i // (block * steps)) for o, i in shapes])
 
