@@ -1,7 +1,7 @@
 """AdamW in scaled coordinates on a GPU: one launch for all tensors of a list.
 
-See `_adam` for the step of a block, `_lists` for the table that says who does what. Bound by memory:
-w, m, v are read and written once, g is read once; scales come from the cache.
+See `_adam` for the step of a block, `_lists` for the table that says who does what. Bound by
+memory: w, m, v are read and written once, g is read once; scales come from the cache.
 """
 
 from collections.abc import Sequence

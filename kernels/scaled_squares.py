@@ -104,7 +104,7 @@ def scaled_squares_kernel(
     VECTOR: tl.constexpr,
 ):
     """Sums of one tile of lines over one span; spans are in tiles."""
-    row_ptr, tensor, number = entry(table_ptr, programs, FIELDS)
+    row_ptr, _, number = entry(table_ptr, programs, FIELDS)
     dim = tl.load(row_ptr + 5)
     aligned = tl.load(row_ptr + 6) != 0
     out = out_ptr + tl.load(row_ptr + 7)
@@ -139,7 +139,7 @@ def merge_spans_kernel(
     BLOCK: tl.constexpr,
 ):
     """Add the spans of ``BLOCK`` sums of one matrix, in order."""
-    row_ptr, tensor, number = entry(table_ptr, programs, FIELDS)
+    row_ptr, _, number = entry(table_ptr, programs, FIELDS)
     dim = tl.load(row_ptr + 5)
     length = tl.load(row_ptr + 3 + dim)
     spans = tl.load(row_ptr + 9)

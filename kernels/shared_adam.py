@@ -8,9 +8,9 @@ pieces, their sums are partial ones, which another launch adds in order. Last pa
 the shared moment gathered (`_adam`).
 
 No atomics: the order of additions depends on the maps alone. Bound by memory: g is read twice, w
-and m are read and written once. Rows of g that are read in the order of the matrix are loaded 16
-bytes a lane, others one element a lane, which coalesces where neighbours in the order are neighbours
-in the matrix.
+and m are read and written once. Columns of g that are read in the order of the matrix are loaded
+16 bytes a lane, others one element a lane, which coalesces where neighbours in the order are
+neighbours in the matrix.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from torch import Tensor
 
 from deaddir_fast.kernels import _adam as adam
 from deaddir_fast.kernels import _lists as lists
-from deaddir_fast.kernels._adam import divide, scalars, step_program
+from deaddir_fast.kernels._adam import average, divide, step_program
 from deaddir_fast.kernels._case import NAMES, Case
 from deaddir_fast.kernels._device import limits
 from deaddir_fast.kernels._groups import Axis, Layout, grouping
@@ -140,7 +140,7 @@ def shared_moments_kernel(
     VECTOR: tl.constexpr,
 ):
     """Sums over a tile of pieces: partial ones, or with them the new v where groups are whole."""
-    row_ptr, tensor, number = entry(table_ptr, programs, FIELDS)
+    row_ptr, _, number = entry(table_ptr, programs, FIELDS)
     v_ptr = tl.load(row_ptr + 3).to(tl.pointer_type(STATE))
     part = tl.load(row_ptr + 5)
     row_numbers = tl.load(row_ptr + 6).to(tl.pointer_type(tl.int32))
@@ -184,11 +184,10 @@ def shared_moments_kernel(
     known = row_known[:, None] & col_known[None, :]
     place = row_piece.to(tl.int64)[:, None] * col_pieces + col_piece[None, :]
     if part < 0:
-        lr, eps, keep, rise1, rise2, fall2, scale1, root2 = scalars(hyper_ptr, STATE)
         row_count = (row_end - row_begin).to(STATE)
         count = row_count[:, None] * (col_end - col_begin).to(STATE)[None, :]
         v = tl.load(v_ptr + place, mask=known, other=0.0)
-        v = fall2 * v + rise2 * divide(total, count, STATE)
+        v = average(v, divide(total, count, STATE), hyper_ptr, STATE)
         tl.store(v_ptr + place, v, mask=known)
     else:
         tl.store(part_ptr + part + place, total, mask=known)
@@ -206,7 +205,7 @@ def merge_pieces_kernel(
     BLOCK_C: tl.constexpr,
 ):
     """The new v of one group of rows and BLOCK_C groups of columns, from the sums of pieces."""
-    row_ptr, tensor, number = entry(table_ptr, programs, FIELDS)
+    row_ptr, _, number = entry(table_ptr, programs, FIELDS)
     v_ptr = tl.load(row_ptr + 3).to(tl.pointer_type(STATE))
     part = part_ptr + tl.load(row_ptr + 5)
     row_numbers = tl.load(row_ptr + 6).to(tl.pointer_type(tl.int32))
@@ -246,11 +245,10 @@ def merge_pieces_kernel(
             inside = (row < row_end)[:, None] & (col < col_end)[None, :]
             place = row[:, None] * col_pieces + col[None, :]
             total += tl.load(part + place, mask=inside, other=0.0)
-    lr, eps, keep, rise1, rise2, fall2, scale1, root2 = scalars(hyper_ptr, STATE)
     mean = divide(tl.sum(total, 0), (row_count * col_count).to(STATE), STATE)
     place = row_group * col_groups + col_group
     v = tl.load(v_ptr + place, mask=known, other=0.0)
-    tl.store(v_ptr + place, fall2 * v + rise2 * mean, mask=known)
+    tl.store(v_ptr + place, average(v, mean, hyper_ptr, STATE), mask=known)
 
 
 @triton.jit(do_not_specialize=["programs", "steps", "seed", "maximize"])
@@ -484,17 +482,13 @@ def aot() -> list[Case]:
     result = adam.cases(shared_adam_kernel, ())
     for dtype in adam.CONFIGS:
         wide = "fp64" if dtype == torch.float64 else "fp32"
-        result.append(
-            _case(
-                shared_moments_kernel, NAMES[dtype], wide, "vectors",
-                {
-                    "G": lists.TYPES[dtype],
-                    "BLOCK_R": ROWS.lanes,
-                    "BLOCK_C": COLUMNS.lanes,
-                    "VECTOR": adam.vector(dtype),
-                },
-            )  # fmt: skip
-        )
+        constants = {
+            "G": lists.TYPES[dtype],
+            "BLOCK_R": ROWS.lanes,
+            "BLOCK_C": COLUMNS.lanes,
+            "VECTOR": adam.vector(dtype),
+        }
+        result.append(_case(shared_moments_kernel, NAMES[dtype], wide, "vectors", constants))
     for wide in ("fp32", "fp64"):
         constants = {"BLOCK_R": MERGE_ROWS, "BLOCK_C": MERGE_COLUMNS}
         result.append(_case(merge_pieces_kernel, wide, wide, "sums", constants))
@@ -513,6 +507,6 @@ def _case(kernel: Any, label: str, wide: str, unit: str, constants: dict[str, An
         stages=3,
         aligned=tuple(pointers),
         unit=unit,
-        helpers=(entry, pieces, member, tile_squares, scalars, divide),
+        helpers=(entry, pieces, member, tile_squares, average, divide),
         fusion=False,
     )
