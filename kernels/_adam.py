@@ -141,7 +141,7 @@ def write(ptr, value, mask, MODE: tl.constexpr):
 @triton.jit
 def step_block(
     row_ptr,
-    hyper_ptr,
+    values,
     start,
     line,
     first,
@@ -157,8 +157,11 @@ def step_block(
     VECTOR: tl.constexpr,
     MODE: tl.constexpr,
 ):
-    """Take the step on the elements from ``start`` on; the first is in row line, column first."""
-    lr, eps, keep, rise1, rise2, fall2, scale1, root2 = scalars(hyper_ptr, STATE)
+    """Take the step on the elements from ``start`` on; the first is in row line, column first.
+
+    ``values`` are those of `scalars`.
+    """
+    lr, eps, keep, rise1, rise2, fall2, scale1, root2 = values
     # casts are spelled out: a hint on the result of a call would be lost when it is inlined
     w_ptr = tl.load(row_ptr).to(tl.pointer_type(W))
     g_ptr = tl.load(row_ptr + 1).to(tl.pointer_type(W))
@@ -262,6 +265,7 @@ def step_program(
     key = 0
     if STOCHASTIC:
         key = stream_key(seed, hyper_ptr, tensor)
+    values = scalars(hyper_ptr, STATE)
     begin = number * steps
     end = tl.minimum(begin + steps, (size + BLOCK - 1) // BLOCK)
     for block in range(begin, end):
@@ -271,13 +275,13 @@ def step_program(
         whole = ((flags & 1) != 0) & (start + BLOCK <= size)
         one_row = ((flags & 4) != 0) | (((flags & 2) != 0) & (first + BLOCK <= width))
         if whole & one_row:
-            step_block(row_ptr, hyper_ptr, start, line, first, width, size, key, maximize,
+            step_block(row_ptr, values, start, line, first, width, size, key, maximize,
                        W, STATE, SHARED, STOCHASTIC, BLOCK, VECTOR, ONE_ROW)  # fmt: skip
         elif whole:
-            step_block(row_ptr, hyper_ptr, start, line, first, width, size, key, maximize,
+            step_block(row_ptr, values, start, line, first, width, size, key, maximize,
                        W, STATE, SHARED, STOCHASTIC, BLOCK, VECTOR, WHOLE)  # fmt: skip
         else:
-            step_block(row_ptr, hyper_ptr, start, line, first, width, size, key, maximize,
+            step_block(row_ptr, values, start, line, first, width, size, key, maximize,
                        W, STATE, SHARED, STOCHASTIC, BLOCK, VECTOR, MASKED)  # fmt: skip
 
 
