@@ -39,9 +39,7 @@ def forced_route():
 
 def assert_same(result: Problem, truth: Problem) -> None:
     for name in ("ws", "ms", "vs"):
-        for k, (a, b) in enumerate(
-            zip(getattr(result, name), getattr(truth, name), strict=True)
-        ):
+        for k, (a, b) in enumerate(zip(getattr(result, name), getattr(truth, name), strict=True)):
             assert torch.equal(a, b), f"{name}[{k}] {tuple(a.shape)}"
 
 
@@ -53,7 +51,7 @@ def assert_same(result: Problem, truth: Problem) -> None:
 def test_sums_of_squares(dtype, scaled):
     shapes = [(5, 7), (33, 136), (140, 64), (3, 2100), (1, 1), (0, 4), (4, 0)]
     p = draw(shapes, dtype, rows=scaled[0], cols=scaled[1])
-    for dims in ([0] * 7, [1] * 7, [0, 1] * 3 + [0]):
+    for dims in ([0, 1, 0, 1, 0, 1, 0], [1, 0, 1, 0, 1, 0, 1]):
         truth = []
         for w, row, col, dim in zip(p.ws, p.rows, p.cols, dims, strict=True):
             x = w.double().numpy()
@@ -62,6 +60,8 @@ def test_sums_of_squares(dtype, scaled):
             truth.append((x**2).sum(1 - dim))
         result = scaled_squares(p.ws, p.rows, p.cols, dims)
         assert_relative(result, np.concatenate(truth), BOUND[result.dtype])
+        if dtype != F32 or not all(scaled):
+            continue
         # no matrix depends on the others of the list
         for k, part in enumerate(result.split([len(t) for t in truth])):
             alone = scaled_squares([p.ws[k]], [p.rows[k]], [p.cols[k]], [dims[k]])
@@ -88,7 +88,9 @@ def test_squares_of_unaligned_matrices_and_of_what_is_not_finite():
 # ------------------------------------------------------------------------------------------ step
 
 
-@pytest.mark.parametrize(("dtype", "seed"), [(F64, -1), (F32, -1), (F16, -1), (BF16, -1), (BF16, 3)])
+@pytest.mark.parametrize(
+    ("dtype", "seed"), [(F64, -1), (F32, -1), (F16, -1), (BF16, -1), (BF16, 3)]
+)
 @pytest.mark.parametrize("scaled", [(False, False), (True, True), (True, False), (False, True)])
 def test_a_step(dtype, seed, scaled):
     problem = draw(SHAPES, dtype, rows=scaled[0], cols=scaled[1])
@@ -206,8 +208,7 @@ def assert_close(result: Problem, truth: Problem) -> None:
         assert ((w - expected).abs() <= slack * (expected.abs() + 0.1)).all(), f"ws[{k}]"
 
 
-@pytest.mark.parametrize("dtype", [F64, F32, BF16])
-@pytest.mark.parametrize("scaled", [False, True])
+@pytest.mark.parametrize(("dtype", "scaled"), [(F64, True), (F32, False), (BF16, True)])
 def test_a_shared_step(dtype, scaled):
     maps = [make() for _, make in MAPS]
     maps = [tuple(None if g is None else g - g.min() for g in pair) for pair in maps]
@@ -218,11 +219,10 @@ def test_a_shared_step(dtype, scaled):
     # the maps of the copy are other tensors: the same bits from tables built anew
     shared_adam(*again.args(), hyper(), maximize=scaled)
     assert_same(again, result)
-    for k in range(len(MAPS)):  # and alone, whatever the others of the list
+    for k in range(len(MAPS) if dtype == F32 else 0):  # alone, whatever the others of the list
         alone = Problem(*([some[k]] for some in problem.copy().args()))
         shared_adam(*alone.args(), hyper(), maximize=scaled)
-        if dtype != BF16:
-            assert torch.equal(alone.vs[0], result.vs[k])
+        assert torch.equal(alone.vs[0], result.vs[k])
 
 
 def test_a_shared_step_of_single_elements_is_the_unshared_one():
