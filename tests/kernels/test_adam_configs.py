@@ -114,7 +114,7 @@ def test_pieces_hold_every_member_once_in_order(count):
         assert sorted(order) == list(range(40))
         assert members.tolist() == np.bincount(group, minlength=count).tolist()
         span = AXIS.together if layout.together else AXIS.each
-        assert layout.together == (40 >= AXIS.large * count)
+        assert layout.together == (AXIS.large * count <= 40)
         assert layout.most == (end - begin).max() <= span
         for g in range(count):
             mine = [x for p in range(first[g], first[g + 1]) for x in order[begin[p] : end[p]]]
