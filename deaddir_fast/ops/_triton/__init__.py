@@ -3,6 +3,7 @@
 Triton is imported at the first launch.
 """
 
+from deaddir_fast.ops._triton.adam import scaled_adam_, scaled_squares, shared_adam_
 from deaddir_fast.ops._triton.curvature import (
     directional_curvature,
     directional_curvature_rank1,
@@ -32,6 +33,9 @@ __all__ = [
     "kron_quadratic_rank1",
     "kron_solve",
     "linear_softmax_fisher",
+    "scaled_adam_",
+    "scaled_squares",
+    "shared_adam_",
     "softmax_fisher",
     "softmax_kl",
 ]
