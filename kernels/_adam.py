@@ -114,6 +114,13 @@ def scalars(hyper_ptr, STATE: tl.constexpr):
 
 
 @triton.jit
+def average(v, square, hyper_ptr, STATE: tl.constexpr):
+    """The new second moment, from the mean of squares of the new gradients."""
+    beta2 = tl.load(hyper_ptr + 2)
+    return beta2.to(STATE) * v + (1 - beta2).to(STATE) * square
+
+
+@triton.jit
 def read(ptr, mask, other, MODE: tl.constexpr):
     """Load, masked where the block is."""
     if MODE == MASKED:

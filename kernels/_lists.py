@@ -164,4 +164,3 @@ def entry(table_ptr, programs, FIELDS: tl.constexpr):
     tensor = packed >> 32
     number = packed & 0xFFFFFFFF
     return table_ptr + tensor * FIELDS, tensor, number
-

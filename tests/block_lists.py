@@ -106,7 +106,7 @@ def blocks_of(lists: Lists, hyper: Tensor, maximize=False, radial=0.1):
     inner = torch.from_numpy(keep * inner * (-1 if maximize else 1))
     radial = radial * torch.randn(lists.count, dtype=torch.float64)
     device = lists.ws[0].device if lists.ws else "cpu"
-    return [x.to(state).to(device) for x in (norms, inner, radial, norms)]
+    return [x.to(state).to(device) for x in (norms, inner, radial, norms.clone())]
 
 
 def hyper(step=3, lr=0.05, betas=(0.9, 0.99), eps=1e-6, weight_decay=0.2, device=None) -> Tensor:
