@@ -1,4 +1,6 @@
 // Each operation, sent to the instruction set in use.
+#include "block_adam.h"
+#include "block_products.h"
 #include "directional_curvature.h"
 #include "directional_curvature_rank1.h"
 #include "directional_scores.h"
@@ -43,6 +45,8 @@
 
 namespace ddf {
 
+DDF_DISPATCH(block_adam, BlockAdam)
+DDF_DISPATCH(block_products, BlockProducts)
 DDF_DISPATCH(directional_curvature, DirectionalCurvature)
 DDF_DISPATCH(directional_curvature_rank1, DirectionalCurvatureRank1)
 DDF_DISPATCH(directional_scores, DirectionalScores)
