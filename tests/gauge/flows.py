@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.func import functional_call, grad
+from torch.func import functional_call
 
 from deaddir_fast import gauge
 from gauge.models import Attention, Gated, Residual, Shared, TiedHead, conv_net, mlp, normed
@@ -84,7 +84,15 @@ def loss_gradient(model: nn.Module, inputs: Tensor) -> Field:
         z = functional_call(model, state, (inputs,)).reshape(-1, classes)
         return F.cross_entropy(z, labels[: z.shape[0]])
 
-    return grad(loss)
+    def field(state: State) -> State:
+        leaves = {k: v.detach().requires_grad_() for k, v in state.items()}
+        gradients = torch.autograd.grad(loss(leaves), list(leaves.values()), allow_unused=True)
+        return {
+            k: torch.zeros_like(v) if g is None else g
+            for (k, v), g in zip(state.items(), gradients, strict=True)
+        }
+
+    return field
 
 
 def moved(state: State, field: State, t: float) -> State:
