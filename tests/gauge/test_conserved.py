@@ -246,7 +246,7 @@ def test_bad_arguments_are_named() -> None:
         gauge.conserved("rescaling", state)  # type: ignore[arg-type]  # the point
     with pytest.raises(ValueError, match=r"state: no parameter called '0\.weight'"):
         gauge.conserved(found[0], {})
-    with pytest.raises(TypeError, match="model: expected a torch.nn.Module"):
+    with pytest.raises(TypeError, match=r"model: expected a torch\.nn\.Module"):
         gauge.Drift(state, found)  # type: ignore[arg-type]  # the point
     with pytest.raises(ValueError, match=r"state: no parameter called '0\.weight'"):
         gauge.Drift(nn.Linear(2, 2), found)

@@ -35,12 +35,12 @@ def test_flow_in_the_invariant_metric_projects_and_the_euclidean_one_does_not(na
     def invariant(s: State) -> State:
         return gauge.frame(s, found).gradient(plain(s))
 
-    for run, steps in ((rk4, 6), (euler, 6)):  # steps of any length project: all is linear
+    for run, steps in ((rk4, 2), (euler, 4)):  # steps of any length project: all is linear
         here, after = run(invariant, state, 0.02, steps), run(invariant, there, 0.02, steps)
         travelled = distance(here, state)
         assert travelled > 1e-3
         assert distance(after, transport(found, moves, here)) <= 1e-8 * travelled
-    here, after = rk4(plain, state, 0.02, 6), rk4(plain, there, 0.02, 6)
+    here, after = rk4(plain, state, 0.02, 2), rk4(plain, there, 0.02, 2)
     travelled = distance(here, state)
     assert distance(after, transport(found, moves, here)) > 0.1 * travelled
 
