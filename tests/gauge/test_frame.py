@@ -194,6 +194,27 @@ def test_fallbacks_of_a_unit() -> None:
     assert distance(after, transport_directions(found, moves, state, here)) <= 1e-10
 
 
+def test_blocks_wait_for_their_neighbours() -> None:
+    """2 -> 3 -> 4 -> 4: readers tell GL(4), then in its frame readers tell GL(3)."""
+    widths = ((2, 3), (3, 4), (4, 4))
+    model = nn.Sequential(*(nn.Linear(a, b, bias=False) for a, b in widths)).double()
+    state = {k: v.detach() for k, v in model.named_parameters()}
+    found = [g for g in gauge.find(model) if g.likelihood is None]
+    made = gauge.frame(state, found)
+    assert made.remarks == () and len(made.steps) == 2
+    moves = elements(found)
+    x = directions(state)
+    moved = transport_directions(found, moves, state, x)
+    before = gram(made.push(x))
+    after = gram(gauge.frame(transport(found, moves, state), found).push(moved))
+    assert (after - before).abs().max() <= 1e-9 * before.abs().max()
+    readers = state["1.weight"]
+    four = state["2.weight"].T @ state["2.weight"] / 4  # S⁻¹ of GL(4)
+    three = torch.linalg.inv(readers.T @ four @ readers / 4)
+    root = next(s.element for s in made.steps if s.gauge is found[0])[0]
+    assert torch.allclose(root @ root.T, three, rtol=1e-9)
+
+
 def test_units_without_entries_of_their_own_are_refused() -> None:
     """A layer between units of one gauge alone: its diagonal never moves, the rest not apart."""
     slot = torch.arange(2)[:, None]

@@ -302,28 +302,28 @@ def test_dimensions_at_special_states() -> None:
 
 
 def test_dimensions_of_a_large_model_without_dense_tangents() -> None:
-    """13 million parameters, a group of dimension 6144; bounds where units do not suffice."""
+    """1.3 million parameters, a group of dimension 2048; bounds where units do not suffice."""
     model = nn.Sequential(
-        nn.Linear(512, 3072), nn.ReLU(), nn.Linear(3072, 3072), nn.ReLU(), nn.Linear(3072, 512)
+        nn.Linear(128, 1024), nn.ReLU(), nn.Linear(1024, 1024), nn.ReLU(), nn.Linear(1024, 128)
     )
     state = {k: v.detach().clone() for k, v in model.named_parameters()}
-    at = [torch.arange(3072)[:, None]] * 2
+    at = [torch.arange(1024)[:, None]] * 2
     found: list[gauge.Gauge] = []
     for i, (p, q) in enumerate((("0", "2"), ("2", "4"))):
         slots = (
-            Slot(f"{p}.weight", 0, at[i], 3072, 1),
-            Slot(f"{p}.bias", 0, at[i], 3072, 1),
-            Slot(f"{q}.weight", 1, at[i], 3072, -1),
+            Slot(f"{p}.weight", 0, at[i], 1024, 1),
+            Slot(f"{p}.bias", 0, at[i], 1024, 1),
+            Slot(f"{q}.weight", 1, at[i], 1024, -1),
         )
         names = (f"{p}.weight", f"{p}.bias", f"{q}.weight")
-        found.append(gauge.Rescaling(p, "R", names, (3072,), None, slots, True))
+        found.append(gauge.Rescaling(p, "R", names, (1024,), None, slots, True))
     counted = gauge.quotient_dimension(state, found)
-    assert counted.orbit == counted.generic_orbit == 6144
+    assert counted.orbit == counted.generic_orbit == 2048
     state["0.weight"][7] = 0
     state["0.bias"][7] = 0
     counted = gauge.quotient_dimension(state, found)
     assert counted.orbit is None and counted.quotient is None and counted.special is None
-    assert counted.orbit_bounds == (6143, 6144)
+    assert counted.orbit_bounds == (2047, 2048)
     assert "the orbit through the state: more than 50,000,000 numbers" in counted.reason
     with pytest.raises(TypeError, match=r"model_or_state: expected a torch\.nn\.Module or"):
         gauge.quotient_dimension(3, found)  # type: ignore[arg-type]  # the point
