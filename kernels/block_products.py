@@ -81,7 +81,8 @@ def join_blocks_kernel(
     DEPTH: tl.constexpr,
 ):
     """Sums of BLOCKS blocks, from the rank ``first`` on; the second dimension of the grid is that
-    of what is summed."""
+    of what is summed.
+    """
     rank = first + tl.program_id(0) * BLOCKS
     what = tl.program_id(1).to(tl.int64)
     join_sums(

@@ -372,7 +372,11 @@ def test_bad_arguments():
     step(ValueError, r"gs: expected 2 tensors, got 1", gs=x.gs[:1])
     step(ValueError, r"ws\[1\]: expected 2 dimensions", ws=[x.ws[0], torch.zeros(3)])
     step(ValueError, r"ws\[0\]: expected a contiguous", ws=[torch.zeros(5, 4).mT, x.ws[1]])
-    step(ValueError, r"ws\[1\]: expected torch.float32 on cpu, as the first one", ws=[x.ws[0], x.ws[1].double()])
+    step(
+        ValueError,
+        r"ws\[1\]: expected torch.float32 on cpu, as the first one",
+        ws=[x.ws[0], x.ws[1].double()],
+    )
     step(ValueError, r"gs\[1\]: expected shape \(2, 3\)", gs=[x.gs[0], torch.zeros(3, 2)])
     step(ValueError, r"gs\[0\]: expected torch.float32", gs=[g.double() for g in x.gs])
     step(ValueError, r"ms\[0\]: expected torch.float32", ms=[m.bfloat16() for m in x.ms])

@@ -194,7 +194,9 @@ def test_any_groups(o, i, data, seed):
         count = data.draw(st.integers(0, n))
         if count == 0:
             return None
-        rest = data.draw(st.lists(st.integers(0, count - 1), min_size=n - count, max_size=n - count))
+        rest = data.draw(
+            st.lists(st.integers(0, count - 1), min_size=n - count, max_size=n - count)
+        )
         order = data.draw(st.permutations([*range(count), *rest]))
         return torch.tensor(order, dtype=INT)
 
