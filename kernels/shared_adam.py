@@ -403,7 +403,7 @@ def shared_adam(
     Raises:
         ValueError: an entry of a map is no group.
     """
-    sizes = [w.numel() for w in ws]
+    sizes = tuple([w.numel() for w in ws])
     filled = [k for k, size in enumerate(sizes) if size]
     if not filled:
         return
@@ -461,7 +461,7 @@ def shared_adam(
             build_steps, device, *(lists.addresses(x) for x in every), lists.shapes(ws),
             tuple(v.shape[1] for v in vs), dtype, config.block, steps,
         )  # fmt: skip
-        shared_adam_kernel[(sum(-(-n // (config.block * steps)) for n in sizes),)](
+        shared_adam_kernel[(adam.programs(sizes, config.block * steps),)](
             table,
             hyper,
             len(ws) * adam.FIELDS,

@@ -31,14 +31,15 @@ def test_blocks_are_whole_vectors_of_every_lane(dtype):
 
 
 def test_large_lists_take_many_blocks_a_program_and_small_ones_fill_the_device():
-    assert adam.steps([2**30], 1024, 132) == max(adam.STEPS)
-    assert adam.steps([1000] * 3, 1024, 132) == 1
-    for sizes in ([2**22], [2**25], [768 * 768] * 48, [5]):
+    assert adam.steps((2**30,), 1024, 132) == max(adam.STEPS)
+    assert adam.steps((1000,) * 3, 1024, 132) == 1
+    for sizes in ((2**22,), (2**25,), (768 * 768,) * 48, (5,)):
         count = adam.steps(sizes, 1024, 132)
         programs = sum(-(-n // (1024 * count)) for n in sizes)
+        assert programs == adam.programs(sizes, 1024 * count)
         assert programs >= adam.PROGRAMS * 132 or count == 1
     # a table of less than a thousandth of the parameters' bytes
-    programs = 7_000_000_000 // (1024 * adam.steps([7_000_000_000], 1024, 132))
+    programs = 7_000_000_000 // (1024 * adam.steps((7_000_000_000,), 1024, 132))
     assert programs * 8 < 7e9 * 2 / 1000
 
 
