@@ -24,8 +24,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-#: Tables that are kept; one list of tensors needs one to three.
+#: Tables that are kept, and their bytes; one list of tensors needs one to three.
 SIZE = 256
+BYTES = 64 * 2**20
 
 #: Triton's types.
 TYPES = {
@@ -65,8 +66,9 @@ def table(build: Build, device: torch.device, *key: Any) -> Tensor:
         refuse_capture(device)
         entry = _copied(build(*key), device)
         _cache[name] = entry
-        while len(_cache) > SIZE:
-            _cache.popitem(last=False)
+        size = sum(e.table.nbytes for e in _cache.values())
+        while len(_cache) > SIZE or (size > BYTES and len(_cache) > 1):
+            size -= _cache.popitem(last=False)[1].table.nbytes
     else:
         _cache.move_to_end(name)
     if device.type == "cuda":

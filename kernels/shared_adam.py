@@ -367,11 +367,11 @@ def build_steps(
     table = []
     for k, (o, i) in enumerate(shapes):
         # v is as long as a row where columns are not grouped; else it is gathered
-        placed = (rows[k], cols[k], col_groups[k], 0 if col_groups[k] else vs[k])
+        placed = (cols[k], col_groups[k], 0 if col_groups[k] else vs[k])
         table.append(
             (
                 *(ws[k], gs[k], ms[k], vs[k], rows[k], cols[k], o * i, max(1, i)),
-                adam.flags((ws[k], gs[k], ms[k]), placed[1:], i, dtype),
+                adam.flags((ws[k], gs[k], ms[k]), placed, i, dtype),
                 *(row_groups[k], col_groups[k], widths[k]),
             )
         )

@@ -116,7 +116,7 @@ def test_pieces_hold_every_member_once_in_order(count):
         assert members.tolist() == np.bincount(group, minlength=count).tolist()
         span = AXIS.together if layout.together else AXIS.each
         assert layout.together == (AXIS.large * count <= 40)
-        assert layout.most == (end - begin).max() <= span
+        assert (end - begin).max() <= span
         for g in range(count):
             mine = [x for p in range(first[g], first[g + 1]) for x in order[begin[p] : end[p]]]
             assert mine == np.flatnonzero(group == g).tolist()
@@ -133,7 +133,7 @@ def test_layouts_of_heads_and_rotary_pairs():
     assert shared_adam.tiles(heads, groups.alone(4096)) == 32 * 32
     assert shared_adam.merges(heads, groups.alone(4096)) == 0
     pairs, _ = groups.divide((np.arange(128) % 64).astype(np.int32), 64, rows)
-    assert (pairs.together, pairs.split, pairs.most) == (False, False, 2)
+    assert (pairs.together, pairs.split, pairs.pieces) == (False, False, 64)
     whole, _ = groups.divide(np.zeros(4096, np.int32), 1, rows)
     assert whole.together and whole.pieces == 4096 // rows.together
     assert shared_adam.merges(whole, groups.alone(100)) == 4

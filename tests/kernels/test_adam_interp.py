@@ -330,6 +330,11 @@ def test_the_cache_is_bounded(monkeypatch):
         table = lists.table(lists.entries, device, (k, 1))
         assert table.tolist() == [*range(k), 1 << 32]
     assert len(lists._cache) == 3
+    monkeypatch.setattr(lists, "BYTES", 200)
+    for k in (5, 15, 100):  # the newest stays, whatever its size
+        lists.table(lists.entries, device, (k,))
+        assert sum(e.table.nbytes for e in lists._cache.values()) <= max(200, 8 * k)
+    assert len(lists._cache) == 1
     lists.clear()
 
 
