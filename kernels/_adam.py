@@ -16,6 +16,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -313,12 +314,19 @@ STEPS = (16, 8, 4, 2, 1)
 PROGRAMS = 32
 
 
-def steps(sizes: Sequence[int], block: int, processors: int) -> int:
+@lru_cache(maxsize=256)
+def steps(sizes: tuple[int, ...], block: int, processors: int) -> int:
     """Blocks of a program: the most that still make `PROGRAMS` for each multiprocessor."""
     for count in STEPS:
-        if sum(-(-size // (block * count)) for size in sizes) >= PROGRAMS * processors:
+        if programs(sizes, block * count) >= PROGRAMS * processors:
             return count
     return STEPS[-1]
+
+
+@lru_cache(maxsize=256)
+def programs(sizes: tuple[int, ...], elements: int) -> int:
+    """Programs of so many elements that take these tensors."""
+    return sum(-(-size // elements) for size in sizes)
 
 
 def vector(dtype: torch.dtype) -> int:

@@ -50,7 +50,6 @@ class Layout:
         together: members lie side by side, not pieces.
         runs: members of a piece are neighbours in the matrix.
         even: pieces begin and end at multiples of 8.
-        most: members of the largest piece.
     """
 
     n: int
@@ -59,7 +58,6 @@ class Layout:
     together: bool
     runs: bool
     even: bool
-    most: int
 
     @property
     def split(self) -> bool:
@@ -69,7 +67,7 @@ class Layout:
 
 def alone(n: int) -> Layout:
     """Every member is its own group."""
-    return Layout(n, n, n, together=False, runs=True, even=False, most=1)
+    return Layout(n, n, n, together=False, runs=True, even=False)
 
 
 def divide(group: np.ndarray, groups: int, axis: Axis) -> tuple[Layout, np.ndarray]:
@@ -100,7 +98,6 @@ def divide(group: np.ndarray, groups: int, axis: Axis) -> tuple[Layout, np.ndarr
         together=bool(together),
         runs=bool((order == np.arange(n)).all()),
         even=bool((begin % 8 == 0).all() and (end % 8 == 0).all()),
-        most=int((end - begin).max(initial=0)),
     )
     return layout, np.concatenate([order, begin, end, first, count]).astype(np.int32)
 

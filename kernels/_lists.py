@@ -24,8 +24,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-#: Tables that are kept; one list of tensors needs one to three.
+#: Tables that are kept, and their bytes; one list of tensors needs one to three.
 SIZE = 256
+BYTES = 64 * 2**20
 
 #: Triton's types.
 TYPES = {
@@ -65,8 +66,9 @@ def table(build: Build, device: torch.device, *key: Any) -> Tensor:
         refuse_capture(device)
         entry = _copied(build(*key), device)
         _cache[name] = entry
-        while len(_cache) > SIZE:
-            _cache.popitem(last=False)
+        size = sum(e.table.nbytes for e in _cache.values())
+        while len(_cache) > SIZE or (size > BYTES and len(_cache) > 1):
+            size -= _cache.popitem(last=False)[1].table.nbytes
     else:
         _cache.move_to_end(name)
     if device.type == "cuda":
@@ -122,14 +124,17 @@ def _copied(values: np.ndarray, device: torch.device) -> _Entry:
     return _Entry(result, stream.cuda_stream, stream.record_event())
 
 
-def addresses(tensors: Iterable[Tensor | None]) -> tuple[int, ...]:
+def addresses(tensors: Sequence[Tensor | None]) -> tuple[int, ...]:
     """Addresses of tensors, 0 for None."""
-    return tuple(0 if t is None else t.data_ptr() for t in tensors)
+    try:
+        return tuple(map(Tensor.data_ptr, tensors))  # most lists have no None: half the time
+    except TypeError:
+        return tuple(0 if t is None else t.data_ptr() for t in tensors)
 
 
 def shapes(tensors: Iterable[Tensor]) -> tuple[tuple[int, int], ...]:
     """Shapes of matrices."""
-    return tuple((t.shape[0], t.shape[1]) for t in tensors)
+    return tuple([t.shape for t in tensors])
 
 
 def pack(rows: Sequence[Sequence[int]], *programs: Sequence[int]) -> np.ndarray:

@@ -92,7 +92,7 @@ def scaled_adam(
         config: overrides that of the dtype.
         steps: blocks of a program, by default as many as still fill the device.
     """
-    sizes = [w.numel() for w in ws]
+    sizes = tuple([w.numel() for w in ws])
     if sum(sizes) == 0:
         return
     dtype, device = ws[0].dtype, hyper.device
@@ -102,7 +102,7 @@ def scaled_adam(
     every = [lists.addresses(x) for x in (ws, gs, ms, vs, rows, cols)]
     with torch.cuda.device_of(hyper):
         table = lists.table(build, device, *every, lists.shapes(ws), dtype, config.block, steps)
-        scaled_adam_kernel[(sum(-(-n // (config.block * steps)) for n in sizes),)](
+        scaled_adam_kernel[(adam.programs(sizes, config.block * steps),)](
             table,
             hyper,
             len(ws) * adam.FIELDS,

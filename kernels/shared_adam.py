@@ -367,11 +367,11 @@ def build_steps(
     table = []
     for k, (o, i) in enumerate(shapes):
         # v is as long as a row where columns are not grouped; else it is gathered
-        placed = (rows[k], cols[k], col_groups[k], 0 if col_groups[k] else vs[k])
+        placed = (cols[k], col_groups[k], 0 if col_groups[k] else vs[k])
         table.append(
             (
                 *(ws[k], gs[k], ms[k], vs[k], rows[k], cols[k], o * i, max(1, i)),
-                adam.flags((ws[k], gs[k], ms[k]), placed[1:], i, dtype),
+                adam.flags((ws[k], gs[k], ms[k]), placed, i, dtype),
                 *(row_groups[k], col_groups[k], widths[k]),
             )
         )
@@ -403,7 +403,7 @@ def shared_adam(
     Raises:
         ValueError: an entry of a map is no group.
     """
-    sizes = [w.numel() for w in ws]
+    sizes = tuple([w.numel() for w in ws])
     filled = [k for k, size in enumerate(sizes) if size]
     if not filled:
         return
@@ -461,7 +461,7 @@ def shared_adam(
             build_steps, device, *(lists.addresses(x) for x in every), lists.shapes(ws),
             tuple(v.shape[1] for v in vs), dtype, config.block, steps,
         )  # fmt: skip
-        shared_adam_kernel[(sum(-(-n // (config.block * steps)) for n in sizes),)](
+        shared_adam_kernel[(adam.programs(sizes, config.block * steps),)](
             table,
             hyper,
             len(ws) * adam.FIELDS,

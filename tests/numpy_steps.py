@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -22,28 +23,28 @@ def hyper(device: str = "cpu") -> Tensor:
     return torch.tensor([LR, *BETAS, EPS, DECAY, one, two, STEP], dtype=F64, device=device)
 
 
-def mix(x: int) -> int:
-    """Wellons' lowbias32 of one number."""
-    x ^= x >> 16
+def mix(x: Any) -> Any:
+    """Wellons' lowbias32, of an integer or of uint64."""
+    x = x ^ x >> 16
     x = x * 0x7FEB352D & 0xFFFFFFFF
-    x ^= x >> 15
+    x = x ^ x >> 15
     x = x * 0x846CA68B & 0xFFFFFFFF
     return x ^ x >> 16
 
 
-def noise(offset: int, seed: int, step: int, k: int) -> int:
-    """The 16 random bits of one element of tensor k."""
+def noise(offsets: np.ndarray, seed: int, step: int, k: int) -> np.ndarray:
+    """The 16 random bits of elements of tensor k."""
     key = mix(mix(mix(seed & 0xFFFFFFFF) ^ step) ^ k)
-    pair = offset // 2
+    pair = offsets.astype(np.uint64) // 2
     bits = mix(key ^ pair & 0xFFFFFFFF ^ mix(pair >> 32))
-    return bits >> 16 if offset % 2 else bits & 0xFFFF
+    return np.where(offsets % 2 == 1, bits >> 16, bits & 0xFFFF)
 
 
 def stochastic(value: np.ndarray, seed: int, k: int) -> np.ndarray:
     """fp32 to fp32 with 8 significant bits, by adding random bits below them and cutting."""
     flat = np.ascontiguousarray(value, dtype=np.float32).reshape(-1)
     bits = flat.view(np.uint32).astype(np.uint64)
-    added = np.array([noise(j, seed, STEP, k) for j in range(flat.size)], dtype=np.uint64)
+    added = noise(np.arange(flat.size), seed, STEP, k)
     cut = ((bits + added) & 0xFFFF0000).astype(np.uint32).view(np.float32)
     return np.where(np.isfinite(flat), cut, flat).reshape(value.shape)
 

@@ -31,14 +31,15 @@ def test_blocks_are_whole_vectors_of_every_lane(dtype):
 
 
 def test_large_lists_take_many_blocks_a_program_and_small_ones_fill_the_device():
-    assert adam.steps([2**30], 1024, 132) == max(adam.STEPS)
-    assert adam.steps([1000] * 3, 1024, 132) == 1
-    for sizes in ([2**22], [2**25], [768 * 768] * 48, [5]):
+    assert adam.steps((2**30,), 1024, 132) == max(adam.STEPS)
+    assert adam.steps((1000,) * 3, 1024, 132) == 1
+    for sizes in ((2**22,), (2**25,), (768 * 768,) * 48, (5,)):
         count = adam.steps(sizes, 1024, 132)
         programs = sum(-(-n // (1024 * count)) for n in sizes)
+        assert programs == adam.programs(sizes, 1024 * count)
         assert programs >= adam.PROGRAMS * 132 or count == 1
     # a table of less than a thousandth of the parameters' bytes
-    programs = 7_000_000_000 // (1024 * adam.steps([7_000_000_000], 1024, 132))
+    programs = 7_000_000_000 // (1024 * adam.steps((7_000_000_000,), 1024, 132))
     assert programs * 8 < 7e9 * 2 / 1000
 
 
@@ -115,7 +116,7 @@ def test_pieces_hold_every_member_once_in_order(count):
         assert members.tolist() == np.bincount(group, minlength=count).tolist()
         span = AXIS.together if layout.together else AXIS.each
         assert layout.together == (AXIS.large * count <= 40)
-        assert layout.most == (end - begin).max() <= span
+        assert (end - begin).max() <= span
         for g in range(count):
             mine = [x for p in range(first[g], first[g + 1]) for x in order[begin[p] : end[p]]]
             assert mine == np.flatnonzero(group == g).tolist()
@@ -132,7 +133,7 @@ def test_layouts_of_heads_and_rotary_pairs():
     assert shared_adam.tiles(heads, groups.alone(4096)) == 32 * 32
     assert shared_adam.merges(heads, groups.alone(4096)) == 0
     pairs, _ = groups.divide((np.arange(128) % 64).astype(np.int32), 64, rows)
-    assert (pairs.together, pairs.split, pairs.most) == (False, False, 2)
+    assert (pairs.together, pairs.split, pairs.pieces) == (False, False, 64)
     whole, _ = groups.divide(np.zeros(4096, np.int32), 1, rows)
     assert whole.together and whole.pieces == 4096 // rows.together
     assert shared_adam.merges(whole, groups.alone(100)) == 4

@@ -141,10 +141,10 @@ def test_random_bits_beyond_32_bits_and_of_every_seed():
             out = torch.empty(64, dtype=BF16)
             place = torch.tensor([start, 6])
             kernel[(1,)](value, hyper(), out, place, adam.signed32(seed), BLOCK=64)
-            added = [noise(start + j, seed, 7, 6) for j in range(64)]
+            added = noise(np.arange(start, start + 64), seed, 7, 6).tolist()
             expected = [(bits + x) & 0xFFFF0000 for x in added]
             assert out.float().view(torch.int32).tolist() == expected
-    assert noise(0, 5, 7, 6) == noise(0, 2**32 + 5, 7, 6)
+    assert len(set(noise(np.arange(1000), 5, 7, 6).tolist())) > 980  # of 2^16, about 7 meet
 
 
 def test_special_values_of_a_stochastic_step():
@@ -330,6 +330,11 @@ def test_the_cache_is_bounded(monkeypatch):
         table = lists.table(lists.entries, device, (k, 1))
         assert table.tolist() == [*range(k), 1 << 32]
     assert len(lists._cache) == 3
+    monkeypatch.setattr(lists, "BYTES", 200)
+    for k in (5, 15, 100):  # the newest stays, whatever its size
+        lists.table(lists.entries, device, (k,))
+        assert sum(e.table.nbytes for e in lists._cache.values()) <= max(200, 8 * k)
+    assert len(lists._cache) == 1
     lists.clear()
 
 
