@@ -1,4 +1,4 @@
-"""Optimizer steps on this CPU against ``torch.optim.AdamW``: ``python -m pytest bench/test_adam.py``.
+"""Optimizer steps on this CPU against those of torch: ``python -m pytest -s bench/test_adam.py``.
 
 One step of a transformer of 25 M parameters. All formulations take turns in one process and are
 compared by their medians, as ratios to fused AdamW. A step of AdamW in fp32 moves 28 bytes an
