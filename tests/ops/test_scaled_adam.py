@@ -418,6 +418,11 @@ def test_the_extension_checks_for_itself():
     step(TypeError, r"ws\[1\]: expected a CPU tensor", ws=[x.ws[0], torch.zeros(2, 3).int()])
     step(ValueError, r"hyper: expected float64 \(8,\)", h[:5])
     step(ValueError, r"threads: expected at least 1", threads=0)
+    step(ValueError, r"ws, ms, vs: .*memory of its own", vs=x.ms, ms=x.ms)
+    part = torch.zeros(26)
+    step(ValueError, r"memory of its own", ws=[part[:20].view(4, 5), part[19:25].view(2, 3)])
+    part = [part[:20].view(4, 5), part[20:].view(2, 3)]
+    run(part, x.gs, x.ms, x.vs, x.rows, x.cols, h, False, -1, 1)
     with pytest.raises(ValueError, match="offset"):
         _native.extension.random_bits(0, 0, 0, -1, 3)
     with pytest.raises(ValueError, match="count"):
