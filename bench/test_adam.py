@@ -6,7 +6,7 @@ element; ``bandwidth`` says how fast each formulation moves the bytes that its o
 
 Measured on two cores of an EPYC (Zen 4, AVX-512) under load, one thread, processor time of the best
 round over that of fused AdamW: in fp32 ``scaled_adam`` 0.86 to 1.18 with scales or without,
-``shared_adam`` 0.96 to 1.22, ``scaled_squares`` 0.25 to 0.35; in bf16 0.61 to 0.73, 0.91, 0.17, and
+``shared_adam`` 0.96 to 1.30, ``scaled_squares`` 0.25 to 0.35; in bf16 0.61 to 0.73, 0.91, 0.17, and
 0.9 with stochastic rounding. In cache ``scaled_adam`` takes 0.33 ns an element where fused AdamW
 takes 0.42: what is left is memory. Asking for the next block by software made it slower. A call
 costs 25 us and 5.6 us a tensor (2.3 behind the checks); fused AdamW 3.4, foreach 14.
