@@ -1,8 +1,15 @@
-"""Optimizer steps on this CPU against ``torch.optim.AdamW``: ``python -m pytest bench/test_adam.py``.
+"""Optimizer steps on this CPU against those of torch: ``python -m pytest -s bench/test_adam.py``.
 
 One step of a transformer of 25 M parameters. All formulations take turns in one process and are
 compared by their medians, as ratios to fused AdamW. A step of AdamW in fp32 moves 28 bytes an
 element; ``bandwidth`` says how fast each formulation moves the bytes that its operation has to.
+
+Measured on two cores of an EPYC (Zen 4, AVX-512) under load, one thread, processor time of the best
+round over that of fused AdamW: in fp32 ``scaled_adam`` 0.86 to 1.18 with scales or without,
+``shared_adam`` 0.96 to 1.30, ``scaled_squares`` 0.25 to 0.35; in bf16 0.61 to 0.73, 0.91, 0.17, and
+0.9 with stochastic rounding. In cache ``scaled_adam`` takes 0.33 ns an element where fused AdamW
+takes 0.42: what is left is memory. Asking for the next block by software made it slower. A call
+costs 25 us and 5.6 us a tensor (2.3 behind the checks); fused AdamW 3.4, foreach 14.
 """
 
 from __future__ import annotations

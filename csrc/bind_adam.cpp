@@ -73,6 +73,10 @@ struct StepLists {
       rows.expect_rows(k, ws[k].rows, "the rows of its matrix");
       cols.expect_rows(k, ws[k].cols, "the columns of its matrix");
     }
+    std::vector<Span> spans;
+    spans.reserve(3 * ws.size());
+    for (const TensorList* each : {&ws, &ms, &vs}) each->add_to(spans);
+    expect_apart(spans, "ws, ms, vs");
   }
 
   StepMatrix matrix(size_t k) const {

@@ -3,8 +3,10 @@
 
 #include <nanobind/nanobind.h>
 
+#include <algorithm>
 #include <cmath>
 #include <string>
+#include <utility>
 #include <vector>
 
 #include "bind.h"
@@ -40,6 +42,16 @@ struct Item {  // data is null where the list has None
   void* data = nullptr;
   int64_t rows = 0, cols = 1;
 };
+
+using Span = std::pair<const char*, const char*>;
+
+// Two threads must not write the same parameter.
+inline void expect_apart(std::vector<Span>& spans, const char* names) {
+  std::sort(spans.begin(), spans.end());
+  for (size_t k = 1; k < spans.size(); ++k)
+    if (spans[k].first < spans[k - 1].second)
+      throw argument_error(names, "memory of its own for every tensor", "two that overlap");
+}
 
 // Checked tensors of one list. Valid while the Python list keeps them.
 class TensorList {
@@ -86,6 +98,14 @@ class TensorList {
   }
   void expect_cols(size_t k, int64_t cols, const char* why) {
     if (items_[k].cols != cols) wrong_size(k, cols, "columns", items_[k].cols, why);
+  }
+  // Appends the memory of every tensor.
+  void add_to(std::vector<Span>& spans) const {
+    const int64_t size = type_ == Type::f64 ? 8 : type_ == Type::f32 ? 4 : 2;
+    for (const Item& item : items_) {
+      const char* begin = static_cast<const char*>(item.data);
+      if (item.rows * item.cols) spans.emplace_back(begin, begin + item.rows * item.cols * size);
+    }
   }
   // Indices below `count`.
   void expect_below(size_t k, int64_t count) {

@@ -24,28 +24,26 @@ struct Piece {
 struct Plan {
   SharedMatrix x;
   int64_t *order, *start;
-  Piece* pieces;    // null without column groups
+  Piece* pieces;      // null without column groups
   int64_t* width_of;  // columns of each group
-  int64_t count;    // pieces
-  int64_t width;    // of a panel
+  int64_t count;      // of pieces
+  int64_t width;      // of a panel
 
   int64_t begin(int64_t b) const { return order ? start[b] : b; }
   int64_t row(int64_t at) const { return order ? order[at] : at; }
   int64_t panels() const { return ceil_div(x.i, larger(1, width)); }
   int64_t first_col(int64_t panel) const { return panel * width; }
   int64_t cols(int64_t panel) const { return smaller(width, x.i - panel * width); }
-  // Second moments of one group of rows in a panel.
+  // Second moments of one group of rows in a panel, and the column of the first one in v.
   int64_t moments(int64_t panel) const { return pieces ? x.a : cols(panel); }
-  int64_t first_moment(int64_t panel) const { return pieces ? 0 : first_col(panel); }
+  int64_t lowest(int64_t panel) const { return pieces ? 0 : first_col(panel); }
   bool shared() const { return order || pieces; }
 };
 
-// Rows of one group (several groups: rows are counted through) in one panel.
+// The groups [b0, b1) of matrix k in one panel; or, of one large group, a part: the rows at places
+// [r0, r1) of the order, with a slot for its sums. The first part knows how many there are.
 struct Unit {
-  int64_t k, panel;
-  int64_t b0, b1;      // groups
-  int64_t r0, r1;      // rows of a part of one group, as places in the order
-  int64_t slot, parts;  // of the sums of the group; parts it has
+  int64_t k, panel, b0, b1, r0, r1, slot, parts;
 };
 
 void sort_rows(Plan& plan) {
@@ -104,7 +102,7 @@ class Step {
   // The second moments of group b by its sums.
   void finish(const Plan& plan, int64_t panel, int64_t b, const double* total) const {
     const double rows = static_cast<double>(plan.begin(b + 1) - plan.begin(b));
-    T* v = static_cast<T*>(plan.x.v) + b * plan.x.a + plan.first_moment(panel);
+    T* v = static_cast<T*>(plan.x.v) + b * plan.x.a + plan.lowest(panel);
     const int64_t moments = plan.moments(panel);
     for (int64_t c = 0; c < moments; ++c) {
       const double cols = plan.pieces ? static_cast<double>(plan.width_of[c]) : 1;
@@ -116,7 +114,7 @@ class Step {
   void update(const Plan& plan, int64_t panel, int64_t b, int64_t r0, int64_t r1,
               const Scratch<T>& s, const Noise* noise) const {
     const SharedMatrix& x = plan.x;
-    const T* v = static_cast<const T*>(x.v) + b * x.a + plan.first_moment(panel);
+    const T* v = static_cast<const T*>(x.v) + b * x.a + plan.lowest(panel);
     const int64_t moments = plan.moments(panel), cols = plan.cols(panel);
     for (int64_t c = 0; c < moments; ++c) s.under[c] = denominator(v[c], h_);
     const T* under = s.under;

@@ -26,6 +26,9 @@ from deaddir_fast._backend import current, unavailable
 
 NAMESPACE = "deaddir"
 
+#: Tensors whose memory is what it says; subclasses may wrap something else.
+PLAIN = (Tensor, torch.nn.Parameter)
+
 
 @dataclass(frozen=True)
 class Kernel:
@@ -76,11 +79,13 @@ def register(op: Op) -> None:
 
 def tensors(args: Iterable[Any]) -> Iterator[Tensor]:
     """Tensors among the arguments, those in lists included."""
+    found: list[Tensor] = []
     for value in args:
         if isinstance(value, Tensor):
-            yield value
+            found.append(value)
         elif isinstance(value, (list, tuple)):
-            yield from tensors(value)
+            found += [t for t in value if isinstance(t, Tensor)]
+    return iter(found)
 
 
 def call(name: str, *args: Any) -> Any:
@@ -88,7 +93,7 @@ def call(name: str, *args: Any) -> Any:
     if (
         torch.compiler.is_compiling()
         or torch._C._len_torch_dispatch_stack() > 0
-        or any(isinstance(t, FakeTensor) or t.is_meta for t in tensors(args))
+        or any(t.is_meta or isinstance(t, FakeTensor) for t in tensors(args))
     ):
         return getattr(getattr(torch.ops, NAMESPACE), name).default(*args)
     return launch(name, *args)
@@ -103,7 +108,7 @@ def chosen_route(name: str, *args: Any) -> str:
 def _chosen(name: str, args: tuple[Any, ...]) -> Kernel | None:
     op = OPS[name]
     route = current()
-    if route == "reference" or not op.kernels or not all(_plain(t) for t in tensors(args)):
+    if route == "reference" or not op.kernels or not _plain(list(tensors(args))):
         return None
     for kernel in op.kernels:
         if route == "auto":
@@ -130,13 +135,12 @@ def launch(name: str, *args: Any) -> Any:
         return OPS[name].reference(*args)
 
 
-def _plain(value: Tensor) -> bool:
-    """Whether a kernel that reads raw memory may take this argument."""
-    return (
-        type(value) in (Tensor, torch.nn.Parameter)
-        and not torch._C._functorch.is_functorch_wrapped_tensor(value)
-        and forward_ad._current_level < 0
-        and not value.is_neg()
+def _plain(values: list[Tensor]) -> bool:
+    """Whether a kernel that reads raw memory may take these arguments."""
+    wrapped = torch._C._functorch.is_functorch_wrapped_tensor
+    return not values or (
+        forward_ad._current_level < 0
+        and all(type(t) in PLAIN and not wrapped(t) and not t.is_neg() for t in values)
     )
 
 

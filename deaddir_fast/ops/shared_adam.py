@@ -125,6 +125,8 @@ def shared_adam(
     check_vectors("cols", cols, widths, dtype, device)
     check_vectors("row_groups", row_groups, heights, torch.int32, device)
     check_vectors("col_groups", col_groups, widths, torch.int32, device)
+    if not isinstance(vs, (list, tuple)):
+        raise _check.fail("vs", vs, "a list of tensors", TypeError)
     if len(vs) != len(ws):
         raise ValueError(f"vs: expected {len(ws)} tensors, got {len(vs)}")
     for k, v in enumerate(vs):

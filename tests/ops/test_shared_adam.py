@@ -1,12 +1,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 import pytest
 import torch
 from adam_steps import DTYPES, Lists, assert_close, draw, moved, state_dtype, values
-from compare import assert_relative, to_numpy
+from compare import EPS, assert_relative, to_numpy
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -117,8 +118,9 @@ def grouped(x, k):
     o, i = x.ws[k].shape
     row = torch.arange(o) if x.row_groups[k] is None else x.row_groups[k].long()
     col = torch.arange(i) if x.col_groups[k] is None else x.col_groups[k].long()
-    to_rows = torch.nn.functional.one_hot(row, x.vs[k].shape[0]).double()
-    to_cols = torch.nn.functional.one_hot(col, x.vs[k].shape[1]).double()
+    r, c = row.numpy(), col.numpy()
+    to_rows = torch.eye(x.vs[k].shape[0], dtype=torch.float64)[row]
+    to_cols = torch.eye(x.vs[k].shape[1], dtype=torch.float64)[col]
     count = to_rows.sum(0)[:, None] * to_cols.sum(0)
 
     def mean(squares):
@@ -127,16 +129,16 @@ def grouped(x, k):
         total = to_rows.to(squares.dtype).mT @ squares @ to_cols.to(squares.dtype)
         return total / count.to(squares.dtype)
 
-    return {"mean": mean, "spread": lambda v: v[row][:, col]}
+    return {"mean": mean, "spread": lambda v: v[r][:, c]}
 
 
 def check_values(x, *, maximize=False):
     y = x.copy()
     shared_adam(*y.args(), values(), maximize=maximize)
     for k, w in enumerate(x.ws):
-        state, groups = x.ms[k].dtype, grouped(x, k)
+        groups, in_torch = grouped(x, k), partial(torch.Tensor.to, dtype=x.ms[k].dtype)
         truth = moved(x, k, maximize=maximize, **groups)
-        w1, m1, v1 = moved(x, k, maximize=maximize, arithmetic=lambda t: t.to(state), **groups)
+        w1, m1, v1 = moved(x, k, maximize=maximize, arithmetic=in_torch, **groups)
         for result, exact, same in zip(
             (y.ws[k], y.ms[k], y.vs[k]), truth, (w1.to(w.dtype), m1, v1), strict=True
         ):
@@ -157,7 +159,7 @@ def test_values_on_every_instruction_set(isa, dtype):
 
 
 @pytest.mark.parametrize("case", LARGE, ids=lambda case: "x".join(map(str, case[0])))
-def test_large_groups(case, monkeypatch):
+def test_large_groups(case, forced_route):
     (o, i), row, col = case
     x = problem([case, CASES[0]], torch.float32)
     y = x.copy()
@@ -174,8 +176,8 @@ def test_large_groups(case, monkeypatch):
 
     truth = moved(x, 0, mean=mean, spread=lambda v: v[r][:, c])
     for result, exact in zip((y.ws[0], y.ms[0], y.vs[0]), truth, strict=True):
-        # a mean over so many is the better known; fp32 sums in a fixed tree lose a few bits
-        assert np.abs(to_numpy(result) - exact).max() <= 6e-7 * np.abs(exact).max()
+        bound = 6e-7 if forced_route == "cpu" else 1e-4  # torch adds one after another in fp32
+        assert np.abs(to_numpy(result) - exact).max() <= bound * np.abs(exact).max()
 
 
 def test_maximize():
@@ -192,13 +194,7 @@ def test_maximize():
 def test_any_groups(o, i, data, seed):
     def groups(n):
         count = data.draw(st.integers(0, n))
-        if count == 0:
-            return None
-        rest = data.draw(
-            st.lists(st.integers(0, count - 1), min_size=n - count, max_size=n - count)
-        )
-        order = data.draw(st.permutations([*range(count), *rest]))
-        return torch.tensor(order, dtype=INT)
+        return scattered(n, count, data.draw(st.integers(0, 1000))) if count else None
 
     rows, cols = data.draw(st.booleans()), data.draw(st.booleans())
     x = problem([((o, i), groups(o), groups(i))], torch.float64, rows=rows, cols=cols, seed=seed)
@@ -213,7 +209,7 @@ def test_without_groups_it_is_scaled_adam(dtype):
     scaled_adam(*Lists.args(y), values())
     for name in ("ws", "ms", "vs"):
         for a, b in zip(getattr(x, name), getattr(y, name), strict=True):
-            assert_relative(a, b, 0 if dtype == torch.bfloat16 else 1e-5)
+            assert_relative(a, b, 1e-5 if a.dtype in DTYPES[:2] else EPS[a.dtype])
 
 
 def test_every_element_its_own_group_is_scaled_adam():
