@@ -31,7 +31,7 @@ FIELDS = 7
 PIECE = 6
 
 #: Rows and columns of a tile, by kind of piece: long rows, and columns or short rows.
-TILES = ((4, 512), (64, 32))
+TILES = ((4, 512), (32, 32))
 
 #: Columns from which on rows are long.
 LONG = 128

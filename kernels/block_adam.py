@@ -24,7 +24,7 @@ from deaddir_fast.kernels import _lists as lists
 from deaddir_fast.kernels._adam import divide, hashed, root, scalars, stream_key
 from deaddir_fast.kernels._blocks import join_sums, piece_at
 from deaddir_fast.kernels._case import NAMES, Case
-from deaddir_fast.kernels.block_products import WARPS, WORTHWHILE_ELEMENTS, join
+from deaddir_fast.kernels.block_products import WORTHWHILE_ELEMENTS, join
 
 
 @triton.jit
@@ -222,6 +222,10 @@ def apply_kernel(
         table_ptr, plan_ptr, lines, first + tl.program_id(0), norms_ptr, radial_ptr, reach_ptr,
         overlap_ptr, hyper_ptr, seed, W, STATE, STOCHASTIC, FIELDS, PIECE, BLOCK_R, BLOCK_C,
     )  # fmt: skip
+
+
+#: With fewer the tiles do not fit in the registers.
+WARPS = 8
 
 
 def worthwhile(ws: Sequence[Tensor]) -> bool:
