@@ -93,9 +93,7 @@ def test_step(benchmark: Any, blocks: str, request: pytest.FixtureRequest) -> No
                 run()
                 samples[name].append(time.perf_counter() - begin)
 
-        benchmark.pedantic(
-            lambda: layers.adam(products), setup=turns, rounds=25, warmup_rounds=2
-        )
+        benchmark.pedantic(lambda: layers.adam(products), setup=turns, rounds=25, warmup_rounds=2)
     ours = benchmark.stats.stats.median
     median = {name: statistics.median(times) for name, times in samples.items()}
     rate = 2 * source.nbytes / median["copy"]

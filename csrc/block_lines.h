@@ -9,7 +9,7 @@
 namespace ddf::DDF_ISA {
 
 // Rows and elements of a panel of columns that are asked for ahead of their use.
-constexpr int64_t kRowsInFlight = 8, kInFlight = 2048;
+constexpr int64_t kRowsInFlight = 8, kInFlight = 4096;
 constexpr int64_t kSumRows = 128;           // of a panel, summed in T; further ones in fp64
 constexpr int64_t kSerialElements = 16384;  // below this a second thread costs more than it gives
 

@@ -11,7 +11,7 @@
 
 namespace ddf {
 
-constexpr int64_t kPanelColumns = 2048;  // lines of a piece of columns at most
+constexpr int64_t kPanelColumns = 4096;  // lines of a piece of columns at most
 
 struct BlockMatrix {
   int64_t rows = 0, columns = 0;

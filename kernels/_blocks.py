@@ -208,9 +208,7 @@ def make_plan(
                 cut(k, line, lines, tile, max(1, group // (tile[1] if matrices[k][2] else tile[0])))
 
     table = np.array(pieces, dtype=np.int64).reshape(-1, PIECE)
-    owners = [
-        np.asarray(blocks[k])[line : line + lines] for k, line, lines, *_ in table.tolist()
-    ]
+    owners = [np.asarray(blocks[k])[line : line + lines] for k, line, lines, *_ in table.tolist()]
     owner = np.concatenate(owners).astype(np.int64) if owners else np.zeros(0, dtype=np.int64)
     rank_of = np.zeros(count, dtype=np.int64)
     rank_of[ids] = np.arange(len(ids))

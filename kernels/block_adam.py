@@ -87,9 +87,7 @@ def moments_piece(
     by_row = dim == 0
     # the lines are rows or columns: of the other dimension come ones and zeros
     rho_r, along_r = tangent_of(block_ptr, r, by_row & (r < count), norms_ptr, inner_ptr, STATE)
-    rho_c, along_c = tangent_of(
-        block_ptr, c, (dim == 1) & (c < count), norms_ptr, inner_ptr, STATE
-    )
+    rho_c, along_c = tangent_of(block_ptr, c, (dim == 1) & (c < count), norms_ptr, inner_ptr, STATE)
     rho = rho_r[:, None] * rho_c[None, :]
     towards = along_r[:, None] + along_c[None, :]
     step = tl.where(by_row, BLOCK_C, BLOCK_R)
@@ -168,7 +166,9 @@ def apply_piece(
             tl.store(w_ptr + place, new.to(W), mask=inside)
 
 
-@triton.jit(do_not_specialize=["first", "groups", "order", "start", "ids", "lines", "maximize", "seed"])
+@triton.jit(
+    do_not_specialize=["first", "groups", "order", "start", "ids", "lines", "maximize", "seed"]
+)
 def block_adam_kernel(
     table_ptr, plan_ptr, norms_ptr, inner_ptr, radial_ptr, reach_ptr, hyper_ptr, part_ptr,
     overlap_ptr, first, groups, order, start, ids, lines, maximize, seed,

@@ -80,8 +80,7 @@ def join_blocks_kernel(
     BLOCKS: tl.constexpr,
     DEPTH: tl.constexpr,
 ):
-    """Sums of BLOCKS blocks, from the rank ``first`` on; the second dimension of the grid is that
-    of what is summed."""
+    """Sums of BLOCKS blocks, from the rank ``first`` on; the grid's second dimension is what."""
     rank = first + tl.program_id(0) * BLOCKS
     what = tl.program_id(1).to(tl.int64)
     join_sums(

@@ -110,9 +110,7 @@ def blocks_of(lists: Lists, hyper: Tensor, maximize=False, radial=0.1):
 
 
 def hyper(step=3, lr=0.05, betas=(0.9, 0.99), eps=1e-6, weight_decay=0.2, device=None) -> Tensor:
-    return _adam.hyper(
-        step, lr=lr, betas=betas, eps=eps, weight_decay=weight_decay, device=device
-    )
+    return _adam.hyper(step, lr=lr, betas=betas, eps=eps, weight_decay=weight_decay, device=device)
 
 
 #: Shapes with dims and the number of blocks.

@@ -7,12 +7,15 @@ import gc
 import numpy as np
 import pytest
 import torch
+import triton
+import triton.language as tl
 from block_lists import CASES, Lists, blocks_of, hyper, products, step, units, wide
 from compare import EPS, assert_rms, to_numpy
 
 from deaddir_fast import ops
 from deaddir_fast._backend import backend
 from deaddir_fast.kernels import _blocks, block_adam, block_products
+from deaddir_fast.kernels.block_adam import rounded_at
 from deaddir_fast.ops import _adam
 
 pytestmark = pytest.mark.interp
@@ -30,9 +33,7 @@ def small_tiles(monkeypatch):
 
 def sums_of(lists, group=256):
     out = torch.full((2, lists.count), float("nan"), dtype=wide(lists.dtype))
-    block_products.block_products(
-        lists.ws, lists.gs, lists.blocks, lists.dims, out, group=group
-    )
+    block_products.block_products(lists.ws, lists.gs, lists.blocks, lists.dims, out, group=group)
     return out
 
 
@@ -137,17 +138,9 @@ def test_offsets_beyond_32_bits_take_other_bits():
     noise = torch.where(place % 2 == 0, mixed & 0xFFFF, mixed >> 16)
     value = torch.full((8,), 1.0 + 2.0**-9)
     out = torch.zeros(8, dtype=torch.bfloat16)
-    rounding_kernel[(1,)](
-        torch.cat([place, place[:1]]), value, torch.tensor([int(key)]), out, N=8
-    )
+    rounding_kernel[(1,)](torch.cat([place, place[:1]]), value, torch.tensor([int(key)]), out, N=8)
     bits = (value[:7].view(torch.int32).long() + noise) & 0xFFFF0000
     assert torch.equal(out[:7].float(), bits.to(torch.int32).view(torch.float32))
-
-
-import triton  # noqa: E402
-import triton.language as tl  # noqa: E402
-
-from deaddir_fast.kernels.block_adam import rounded_at  # noqa: E402
 
 
 @triton.jit
@@ -173,8 +166,8 @@ def test_a_plan_covers_every_element_once(name, group, grouped):
     for k, line, lines, begin, end, slot in plan.pieces.tolist():
         rows, columns, dim = _blocks.turned(shapes[k], dims[k])
         part = seen[k].reshape(rows, columns)
-        part = part[line : line + lines, begin:end] if dim == 0 else part[begin:end, line : line + lines]
-        part += 1
+        part = part if dim == 0 else part.T
+        part[line : line + lines, begin:end] += 1
         assert (owner[slot : slot + lines] == -1).all()
         owner[slot : slot + lines] = blocks[k][line : line + lines]
     assert all((x == 1).all() for x in seen)
@@ -190,9 +183,10 @@ def test_a_plan_covers_every_element_once(name, group, grouped):
         slots = [s + l for *_, n, _, _, s in plan.pieces[begin:end].tolist() for l in range(n)]
         assert set(owner[slots]) == set(plan.ids[first:stop])
         assert stop - first <= _blocks.GROUP_BLOCKS
-        assert stop - first == 1 or sum(
-            n * (e - b) for _, _, n, b, e, _ in plan.pieces[begin:end].tolist()
-        ) <= group
+        assert (
+            stop - first == 1
+            or sum(n * (e - b) for _, _, n, b, e, _ in plan.pieces[begin:end].tolist()) <= group
+        )
 
 
 def test_units_make_groups_of_neighbours():

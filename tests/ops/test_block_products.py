@@ -77,9 +77,7 @@ def test_the_result_does_not_depend_on_the_threads():
     results = []
     for threads in (1, 2, 3, 5):
         out = torch.full((2, 37), float("nan"))
-        _native.extension.block_products(
-            lists.ws, lists.gs, lists.blocks, lists.dims, out, threads
-        )
+        _native.extension.block_products(lists.ws, lists.gs, lists.blocks, lists.dims, out, threads)
         results.append(out)
     assert_products(results[0], lists)
     assert all(torch.equal(results[0], other) for other in results)
