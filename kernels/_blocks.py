@@ -24,7 +24,7 @@ from torch import Tensor
 
 from deaddir_fast.kernels import _lists as lists
 
-#: Numbers of a matrix: addresses of w, g, m, v; columns; dimension; place of its first line's block.
+#: Numbers of a matrix: addresses of w, g, m, v; columns; dimension; where its lines' blocks start.
 FIELDS = 7
 
 #: Numbers of a piece: matrix, first line, lines, first and end element of each, first slot.

@@ -74,7 +74,7 @@ def moments_piece(
     BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
     """Update the moments of a piece; store the sums of u w0 of its lines."""
-    lr, eps, keep, rise1, rise2, fall2, scale1, root2 = scalars(hyper_ptr, STATE)
+    _, eps, keep, rise1, rise2, fall2, scale1, root2 = scalars(hyper_ptr, STATE)
     row_ptr, block_ptr, _, columns, dim, line, count, begin, end, slot = piece_at(
         table_ptr, plan_ptr, lines, piece, FIELDS, PIECE
     )
@@ -125,8 +125,8 @@ def apply_piece(
     PIECE: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
     """Write the new weights of a piece whose moments are up to date."""
-    lr, eps, keep, rise1, rise2, fall2, scale1, root2 = scalars(hyper_ptr, STATE)
-    row_ptr, block_ptr, matrix, columns, dim, line, count, begin, end, slot = piece_at(
+    lr, eps, keep, _, _, _, scale1, root2 = scalars(hyper_ptr, STATE)
+    row_ptr, block_ptr, matrix, columns, dim, line, count, begin, end, _ = piece_at(
         table_ptr, plan_ptr, lines, piece, FIELDS, PIECE
     )
     w_ptr = tl.load(row_ptr).to(tl.pointer_type(W))
