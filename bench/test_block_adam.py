@@ -3,8 +3,8 @@
 Two layers of 2048 x 2048 in fp32, per unit: the row of a hidden unit is one block, its column in
 the second layer another. Reported are the medians, their ratio to that of
 ``torch.optim.AdamW(fused=True)``, and the share of the bound: bytes that must move over the rate of
-the fastest copy. Rounds take turns. The step is checked against its reference first; no test fails for being
-slow.
+the fastest copy or AdamW step (a copy alone is no ceiling: it also reads what it overwrites).
+Rounds take turns. The step is checked against its reference first; no test fails for being slow.
 """
 
 from __future__ import annotations
@@ -97,8 +97,10 @@ def test_step(benchmark: Any, blocks: str, request: pytest.FixtureRequest) -> No
         benchmark.pedantic(lambda: layers.adam(products), setup=turns, rounds=25, warmup_rounds=2)
     ours = benchmark.stats.stats.median
     median = {name: statistics.median(times) for name, times in samples.items()}
-    rate = 2 * source.nbytes / min(samples["copy"])
     elements = 2 * SIZE**2
+    rate = max(
+        2 * source.nbytes / min(samples["copy"]), elements * ONCE / min(samples["AdamW fused"])
+    )
     least = (ONCE + TWICE) / 2 if per_unit else TWICE
     share = {
         "block_adam": elements * least / rate / ours,
@@ -109,12 +111,12 @@ def test_step(benchmark: Any, blocks: str, request: pytest.FixtureRequest) -> No
         ratio=median["AdamW fused"] / ours,
         ratio_with_products=median["AdamW fused"] / (ours + median["block_products"]),
         share=share,
-        copy=rate,
+        rate=rate,
         median={"block_adam": ours, **median},
     )
     print(
         f"\n{blocks}: block_adam {1e3 * ours:.1f} ms, block_products "
         f"{1e3 * median['block_products']:.1f} ms, "
-        f"AdamW fused {1e3 * median['AdamW fused']:.1f} ms, copy {rate / 1e9:.1f} GB/s; "
+        f"AdamW fused {1e3 * median['AdamW fused']:.1f} ms, at best {rate / 1e9:.1f} GB/s; "
         "of the bound: " + ", ".join(f"{name} {100 * x:.0f} %" for name, x in share.items())
     )
