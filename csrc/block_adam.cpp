@@ -173,37 +173,42 @@ class Step {
       });
       return;
     }
-    T rho[kBlock], along[kBlock], sum[kBlock] = {};
+    T rho[kPanelColumns], along[kPanelColumns], sum[kPanelColumns];
     for (int64_t l = 0; l < lines; ++l) {
       const Tangent t = tangent(block[l]);
       rho[l] = t.rho;
       along[l] = t.along;
+      sum[l] = 0;
     }
-    const T* const rhos = rho;
-    const T* const alongs = along;
     down_columns(
         piece, columns,
-        [&](int64_t offset, int64_t at, bool more) {
-          if (more) ahead(k, at + kRowsInFlight * columns, lines);
+        [&](int64_t first, int64_t offset, int64_t at, int64_t count) {
           T* const x = w0 ? w0 + offset : w0_run;
           T* const y = u ? u + offset : u_run;
-          moments_run(k, at, lines, rhos, alongs, x, y);
-          for (int64_t l = 0; l < lines; ++l) sum[l] += x[l] * y[l];
+          const T* const rhos = rho + first;
+          const T* const alongs = along + first;
+          moments_run(k, at, count, rhos, alongs, x, y);
+          T* const to = sum + first;
+          for (int64_t l = 0; l < count; ++l) to[l] += x[l] * y[l];
         },
         [&] {
           for (int64_t l = 0; l < lines; ++l) {
             sums[l] += sum[l];
             sum[l] = 0;
           }
+        },
+        [&](int64_t at, int64_t count) {
+          prefetch(c_.gs[k], at, count);
+          prefetch(c_.ws[k], at, count);
+          ask_to_write(c_.ms[k], sizeof(T), at, count);
+          ask_to_write(c_.vs[k], sizeof(T), at, count);
         });
   }
 
-  // Asks for a run of elements of everything.
-  void ahead(int64_t k, int64_t at, int64_t count) const {
-    prefetch(c_.ws[k], at, count);
-    prefetch(c_.gs[k], at, count);
-    prefetch(static_cast<const T*>(c_.ms[k]) + at, count);
-    prefetch(static_cast<const T*>(c_.vs[k]) + at, count);
+  // As prefetch, of what will be written.
+  static void ask_to_write(const void* data, int64_t size, int64_t at, int64_t count) {
+    const char* from = static_cast<const char*>(data) + at * size;
+    for (int64_t byte = 0; byte < count * size; byte += 64) __builtin_prefetch(from + byte, 1, 3);
   }
 
   // New weights of a piece, from what was kept of it or else from the moments.
@@ -220,24 +225,30 @@ class Step {
       });
       return;
     }
-    T back[kBlock], grow[kBlock], step[kBlock];
+    T back[kPanelColumns], grow[kPanelColumns], step[kPanelColumns];
     for (int64_t l = 0; l < lines; ++l) {
       const Move t = move(block[l]);
       back[l] = t.back;
       grow[l] = t.grow;
       step[l] = t.step;
     }
-    const T* const backs = back;
-    const T* const grows = grow;
-    const T* const steps = step;
     down_columns(
         piece, columns,
-        [&](int64_t offset, int64_t at, bool) {
-          if (!w0) again(k, at, lines, w0_run, u_run);
-          apply_run(k, at, lines, backs, grows, steps, w0 ? w0 + offset : w0_run,
+        [&](int64_t first, int64_t offset, int64_t at, int64_t count) {
+          if (!w0) again(k, at, count, w0_run, u_run);
+          const T* const backs = back + first;
+          const T* const grows = grow + first;
+          const T* const steps = step + first;
+          apply_run(k, at, count, backs, grows, steps, w0 ? w0 + offset : w0_run,
                     u ? u + offset : u_run);
         },
-        [] {});
+        [] {},
+        [&](int64_t at, int64_t count) {
+          ask_to_write(c_.ws[k].data, size_of(c_.ws[k].type), at, count);
+          if (w0) return;
+          prefetch(static_cast<const T*>(c_.ms[k]) + at, count);
+          prefetch(static_cast<const T*>(c_.vs[k]) + at, count);
+        });
   }
 
   const BlockAdam& c_;

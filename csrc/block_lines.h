@@ -8,8 +8,9 @@
 
 namespace ddf::DDF_ISA {
 
-constexpr int64_t kRowsInFlight = 8;      // of a panel of columns, asked for ahead of their use
-constexpr int64_t kSumRows = 128;         // of a panel of columns, summed in T; further ones in fp64
+// Rows and elements of a panel of columns that are asked for ahead of their use.
+constexpr int64_t kRowsInFlight = 8, kInFlight = 4096;
+constexpr int64_t kSumRows = 128;           // of a panel, summed in T; further ones in fp64
 constexpr int64_t kSerialElements = 16384;  // below this a second thread costs more than it gives
 
 // The sum of x y over a run of elements.
@@ -35,13 +36,19 @@ template <class Body>
            smaller(kBlock, length - e));
 }
 
-// body(offset, at, count) for each row of a panel of `lines` <= kBlock columns; `sums(lines)` after
-// every kSumRows of them and after the last.
-template <class Body, class Sums>
+// body(line, offset, at, count) for runs of at most kBlock neighbours of each row of a panel of
+// columns, from `line` of the piece on; `sums()` after every kSumRows rows and after the last;
+// ahead(at, count) for rows to come, where they do not follow in memory.
+template <class Body, class Sums, class Ahead>
 [[gnu::always_inline]] inline void down_columns(const BlockPiece& piece, int64_t columns,
-                                                Body&& body, Sums&& sums) {
+                                                Body&& body, Sums&& sums, Ahead&& ahead) {
+  const int64_t lines = piece.lines;
+  const int64_t rows = larger(1, smaller(kRowsInFlight, kInFlight / lines));
   for (int64_t r = piece.begin; r < piece.end; ++r) {
-    body((r - piece.begin) * piece.lines, r * columns + piece.line, r + kRowsInFlight < piece.end);
+    const int64_t offset = (r - piece.begin) * lines, at = r * columns + piece.line;
+    if (lines < columns && r + rows < piece.end) ahead(at + rows * columns, lines);
+    for (int64_t l = 0; l < lines; l += kBlock)
+      body(l, offset + l, at + l, smaller(kBlock, lines - l));
     if ((r - piece.begin + 1) % kSumRows == 0 || r + 1 == piece.end) sums();
   }
 }

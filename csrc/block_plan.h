@@ -11,6 +11,8 @@
 
 namespace ddf {
 
+constexpr int64_t kPanelColumns = 4096;  // lines of a piece of columns at most
+
 struct BlockMatrix {
   int64_t rows = 0, columns = 0;
   int dim = 0;

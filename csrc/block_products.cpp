@@ -22,20 +22,19 @@ template <class T>
 void sum_columns(const Array& w, const Array& g, int64_t columns, const BlockPiece& piece,
                  double* sums) {
   const int64_t lines = piece.lines;
-  T w_wide[kBlock], g_wide[kBlock], squares[kBlock] = {}, products[kBlock] = {};
+  T w_wide[kBlock], g_wide[kBlock], squares[kPanelColumns], products[kPanelColumns];
+  for (int64_t l = 0; l < lines; ++l) squares[l] = products[l] = 0;
   for (int64_t l = 0; l < 2 * lines; ++l) sums[l] = 0;
   down_columns(
       piece, columns,
-      [&](int64_t, int64_t at, bool more) {
-        if (more) {
-          prefetch(w, at + kRowsInFlight * columns, lines);
-          prefetch(g, at + kRowsInFlight * columns, lines);
-        }
-        const T* x = widened<T>(w, at, lines, w_wide);
-        const T* y = widened<T>(g, at, lines, g_wide);
-        for (int64_t l = 0; l < lines; ++l) {
-          squares[l] += x[l] * x[l];
-          products[l] += x[l] * y[l];
+      [&](int64_t first, int64_t, int64_t at, int64_t count) {
+        const T* x = widened<T>(w, at, count, w_wide);
+        const T* y = widened<T>(g, at, count, g_wide);
+        T* const xx = squares + first;
+        T* const xy = products + first;
+        for (int64_t l = 0; l < count; ++l) {
+          xx[l] += x[l] * x[l];
+          xy[l] += x[l] * y[l];
         }
       },
       [&] {
@@ -44,6 +43,10 @@ void sum_columns(const Array& w, const Array& g, int64_t columns, const BlockPie
           sums[2 * l + 1] += products[l];
           squares[l] = products[l] = 0;
         }
+      },
+      [&](int64_t at, int64_t count) {
+        prefetch(w, at, count);
+        prefetch(g, at, count);
       });
 }
 

@@ -24,14 +24,14 @@ from torch import Tensor
 
 from deaddir_fast.kernels import _lists as lists
 
-#: Numbers of a matrix: addresses of w, g, m, v; columns; dimension; place of its first line's block.
+#: Numbers of a matrix: addresses of w, g, m, v; columns; dimension; where its lines' blocks start.
 FIELDS = 7
 
 #: Numbers of a piece: matrix, first line, lines, first and end element of each, first slot.
 PIECE = 6
 
 #: Rows and columns of a tile, by kind of piece: long rows, and columns or short rows.
-TILES = ((4, 512), (64, 32))
+TILES = ((4, 512), (32, 32))
 
 #: Columns from which on rows are long.
 LONG = 128

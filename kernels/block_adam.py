@@ -24,7 +24,7 @@ from deaddir_fast.kernels import _lists as lists
 from deaddir_fast.kernels._adam import divide, hashed, root, scalars, stream_key
 from deaddir_fast.kernels._blocks import join_sums, piece_at
 from deaddir_fast.kernels._case import NAMES, Case
-from deaddir_fast.kernels.block_products import WARPS, WORTHWHILE_ELEMENTS, join
+from deaddir_fast.kernels.block_products import WORTHWHILE_ELEMENTS, join
 
 
 @triton.jit
@@ -74,7 +74,7 @@ def moments_piece(
     BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
     """Update the moments of a piece; store the sums of u w0 of its lines."""
-    lr, eps, keep, rise1, rise2, fall2, scale1, root2 = scalars(hyper_ptr, STATE)
+    _, eps, keep, rise1, rise2, fall2, scale1, root2 = scalars(hyper_ptr, STATE)
     row_ptr, block_ptr, _, columns, dim, line, count, begin, end, slot = piece_at(
         table_ptr, plan_ptr, lines, piece, FIELDS, PIECE
     )
@@ -125,8 +125,8 @@ def apply_piece(
     PIECE: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
     """Write the new weights of a piece whose moments are up to date."""
-    lr, eps, keep, rise1, rise2, fall2, scale1, root2 = scalars(hyper_ptr, STATE)
-    row_ptr, block_ptr, matrix, columns, dim, line, count, begin, end, slot = piece_at(
+    lr, eps, keep, _, _, _, scale1, root2 = scalars(hyper_ptr, STATE)
+    row_ptr, block_ptr, matrix, columns, dim, line, count, begin, end, _ = piece_at(
         table_ptr, plan_ptr, lines, piece, FIELDS, PIECE
     )
     w_ptr = tl.load(row_ptr).to(tl.pointer_type(W))
@@ -222,6 +222,10 @@ def apply_kernel(
         table_ptr, plan_ptr, lines, first + tl.program_id(0), norms_ptr, radial_ptr, reach_ptr,
         overlap_ptr, hyper_ptr, seed, W, STATE, STOCHASTIC, FIELDS, PIECE, BLOCK_R, BLOCK_C,
     )  # fmt: skip
+
+
+#: With fewer the tiles do not fit in the registers.
+WARPS = 8
 
 
 def worthwhile(ws: Sequence[Tensor]) -> bool:

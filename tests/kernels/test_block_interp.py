@@ -7,12 +7,15 @@ import gc
 import numpy as np
 import pytest
 import torch
+import triton
+import triton.language as tl
 from block_lists import CASES, Lists, blocks_of, hyper, products, step, units, wide
 from compare import EPS, assert_rms, to_numpy
 
 from deaddir_fast import ops
 from deaddir_fast._backend import backend
 from deaddir_fast.kernels import _blocks, block_adam, block_products
+from deaddir_fast.kernels.block_adam import rounded_at
 from deaddir_fast.ops import _adam
 
 pytestmark = pytest.mark.interp
@@ -140,12 +143,6 @@ def test_offsets_beyond_32_bits_take_other_bits():
     assert torch.equal(out[:7].float(), bits.to(torch.int32).view(torch.float32))
 
 
-import triton  # noqa: E402
-import triton.language as tl  # noqa: E402
-
-from deaddir_fast.kernels.block_adam import rounded_at  # noqa: E402
-
-
 @triton.jit
 def rounding_kernel(place_ptr, value_ptr, key_ptr, out_ptr, N: tl.constexpr):
     lane = tl.arange(0, N)
@@ -169,12 +166,8 @@ def test_a_plan_covers_every_element_once(name, group, grouped):
     for k, line, lines, begin, end, slot in plan.pieces.tolist():
         rows, columns, dim = _blocks.turned(shapes[k], dims[k])
         part = seen[k].reshape(rows, columns)
-        part = (
-            part[line : line + lines, begin:end]
-            if dim == 0
-            else part[begin:end, line : line + lines]
-        )
-        part += 1
+        part = part if dim == 0 else part.T
+        part[line : line + lines, begin:end] += 1
         assert (owner[slot : slot + lines] == -1).all()
         owner[slot : slot + lines] = blocks[k][line : line + lines]
     assert all((x == 1).all() for x in seen)
