@@ -152,12 +152,16 @@ def balanced(sums: Mapping[tuple[int, ...], float], free: Sequence[bool]) -> np.
         gradient = e.T @ terms + ridge * y
         hessian = (e * terms[:, None]).T @ e + ridge * np.eye(y.size)
         step = -np.linalg.solve(hessian, gradient)
-        step *= min(1.0, 2.0 / max(1e-300, float(np.abs(e @ step).max())))
+        slope = float(gradient @ step)
         scale, before = 1.0, value(y)
-        while scale > 1e-10 and value(y + scale * step) > before + 0.25 * scale * gradient @ step:
-            scale /= 2
+        # Close to the minimum its value tells no more, and Newton's step needs no damping: the
+        # constants have to agree between equivalent starts to rounding.
+        if -slope > 1e-6 * before:
+            scale = min(1.0, 2.0 / float(np.abs(e @ step).max()))
+            while scale > 1e-10 and value(y + scale * step) > before + 0.25 * scale * slope:
+                scale /= 2
         y = y + scale * step
-        if float(np.abs(scale * step).max()) < 1e-14:
+        if scale == 1 and float(np.abs(step).max()) < 1e-15 * (1 + float(np.abs(y).max())):
             break
     x[chosen] = y
     return x
