@@ -61,18 +61,24 @@ class _Table:
         self._index = torch.cat(columns, 1).to(device) if columns else empty.to(device)
         self._exponents = exponents
         self._depth = depth
+        self._out: list[Tensor] = []
 
     def factors(self, scales: Tensor) -> list[Tensor]:
-        """The vectors, for the scales of all units with a 1 behind them."""
+        """The vectors, for the scales of all units with a 1 behind them.
+
+        Always the same memory: kernels keep tables of addresses, and a captured graph needs them.
+        """
         if not self.sizes:
             return []
-        if self._depth == 0:
-            return list(scales.new_ones(sum(self.sizes)).split(self.sizes))
-        powers = torch.cat([scales**e if e != 1 else scales for e in self._exponents])
-        values = powers[self._index[0]]
-        for row in self._index[1:]:
-            values = values * powers[row]
-        return list(values.split(self.sizes))
+        if not self._out or self._out[0].dtype != scales.dtype:
+            self._all = scales.new_ones(sum(self.sizes))
+            self._out = list(self._all.split(self.sizes))
+        if self._depth:
+            powers = torch.cat([scales**e if e != 1 else scales for e in self._exponents])
+            torch.index_select(powers, 0, self._index[0], out=self._all)
+            for row in self._index[1:]:
+                self._all.mul_(powers[row])
+        return self._out
 
 
 @dataclass

@@ -16,9 +16,9 @@ from deaddir_fast.ops.scaled_adam import scaled_adam
 from deaddir_fast.ops.shared_adam import shared_adam
 from deaddir_fast.optim import blocks as blocked
 from deaddir_fast.optim.balance import constants
-from deaddir_fast.optim.blocks import Blocks
+from deaddir_fast.optim.blocks import Blocks, OnDevice
 from deaddir_fast.optim.layout import Layout
-from deaddir_fast.optim.plan import FramePart, Plan
+from deaddir_fast.optim.plan import Entry, FramePart, Plan
 from deaddir_fast.optim.split import split_shared_adam
 from deaddir_fast.optim.state import Matrices, addresses, matrices, new_state
 
@@ -56,7 +56,9 @@ class Stepper:
         self._owners = owners
         self._counts: dict[str, int] = {}
         self._held: dict[str, Matrices] = {}
-        self._where: dict[int, list[Tensor]] = {}
+        self._fixed: dict[int, OnDevice] = {}
+        self._per_unit: dict[int, tuple[Tensor, Tensor]] = {}
+        self._stopped: dict[tuple[str, int | None], Tensor] = {}
 
     def take(self, groups: list[dict[str, Any]], state: dict[Tensor, dict[str, Any]]) -> None:
         """One step of all parameters that have a gradient."""
@@ -178,10 +180,9 @@ class Stepper:
         anchor = next(lay.name for lay in part.layouts if lay.name in self._owners)
         kept = state[self._parameters[anchor]]
         frame = part.frame
-        if kept.get("frame_constants") is None or kept["frame_constants"].numel() != len(
-            frame.order
-        ):
-            kept["frame_constants"] = constants(
+        found = kept.get("frame_constants")
+        if found is None or found.numel() != len(frame.order):
+            found = kept["frame_constants"] = constants(
                 frame,
                 values,
                 part.layouts,
@@ -189,9 +190,13 @@ class Stepper:
                 self.plan.shifted,
                 self.plan.still,
             ).to(frame.device)
-        each = torch.tensor([f.count for f in frame.order], device=frame.device)
-        per_unit = kept["frame_constants"].repeat_interleave(each, output_size=frame.total)
-        return torch.cat([per_unit, per_unit.new_ones(1)]).to(frame.dtype)
+        cached = self._per_unit.get(id(part))
+        if cached is None or cached[0] is not found:
+            each = torch.tensor([f.count for f in frame.order], device=frame.device)
+            per_unit = found.repeat_interleave(each, output_size=frame.total)
+            per_unit = torch.cat([per_unit, per_unit.new_ones(1)]).to(frame.dtype)
+            cached = self._per_unit[id(part)] = (found, per_unit)
+        return cached[1]
 
     def _collect(
         self,
@@ -208,8 +213,7 @@ class Stepper:
             w, m, v = held.ws[n], held.ms[n], held.vs[n]
             row, col = _cast(factors.get((name, entry.layout.index), (None, None)), m.dtype)
             if entry.still is not None:
-                still = entry.still.to(m.dtype)
-                col = still if col is None else col * still
+                col = self._stop(entry, col, m)
             g = _gradient(p, entry.layout)
             hyper, where = hypers.of(name, decay=decay)
             if entry.split:
@@ -235,6 +239,15 @@ class Stepper:
                 calls[key] = call
             call.add(w, g, m, v, row, col, entry.row_groups, entry.col_groups)
 
+    def _stop(self, entry: Entry, col: Tensor | None, m: Tensor) -> Tensor:
+        """The factors along columns with zeros where entries stay put, in memory that stays."""
+        assert entry.still is not None
+        key = (entry.layout.name, entry.layout.index)
+        kept = self._stopped.get(key)
+        if kept is None or kept.dtype != m.dtype:
+            kept = self._stopped[key] = entry.still.to(m.dtype, copy=True)
+        return kept if col is None else torch.mul(col, entry.still, out=kept)
+
     def _take_block(
         self,
         number: int,
@@ -256,15 +269,15 @@ class Stepper:
                 kept.setdefault(
                     f"{key}_{moment}", torch.zeros(shape, dtype=dtype, device=anchor.device)
                 )
-        if number not in self._where:
-            self._where[number] = [b.to(anchor.device) for b in block.blocks]
+        if number not in self._fixed:
+            self._fixed[number] = OnDevice.of(block, anchor)
         names = [layout.name for layout in block.layouts]
         hyper, _ = hypers.of(block.anchor, decay=True)
         seed = hypers.seed(block.anchor, 1000 + number)
         maximize = hypers.maximize(block.anchor)
         reach = blocked.step(
             block,
-            self._where[number],
+            self._fixed[number],
             [held[n].ws[0] for n in names],
             [
                 _gradient(self._parameters[n], lay)
