@@ -240,7 +240,7 @@ def _times(
 ) -> dict[str, list[float]]:
     """Times of the steps in turns, launches included."""
     each = sum(device.once(call) for call in calls.values())
-    count = max(2, min(100, int(seconds / each))) if calls else 0
+    count = max(1, min(100, int(seconds / each))) if calls else 0
     samples: dict[str, list[float]] = {name: [] for name in calls}
     for _ in range(count):
         for name, call in calls.items():
