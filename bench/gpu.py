@@ -1,4 +1,4 @@
-"""Check and time every Triton kernel on a GPU, in one command and under ten minutes.
+"""Check and time every Triton kernel, and the step of DDCAdam, on a GPU in under ten minutes.
 
     python bench/gpu.py                          results in bench/results/gpu-<device>.json
     TRITON_INTERPRET=1 python bench/gpu.py --check      the same steps on a CPU, tiny, untimed
