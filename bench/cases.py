@@ -99,6 +99,9 @@ CPU: tuple[Case, ...] = (
     _case("adamw_rounded", BF16, k=4, o=1024, i=1024),
     _case("scaled_adam", k=4, o=1024, i=1024),
     _case("shared_adam", k=4, o=1024, i=1024),
+    _case("block_products", k=4, o=1024, i=1024),
+    _case("block_adam", k=4, o=1024, i=1024),
+    _case("block_adam_layers", k=4, o=1024, i=1024),
 )
 
 GPU: tuple[Case, ...] = (
@@ -129,7 +132,12 @@ GPU: tuple[Case, ...] = (
     _case("scaled_adam", k=8, o=4096, i=4096, share=0.8, compile=1),
     _case("shared_adam", k=8, o=4096, i=4096, share=0.8, compile=1),
     _case("scaled_squares_rows", k=8, o=4096, i=4096, share=0.8, compile=1),
+    _case("block_products", k=8, o=4096, i=4096, share=0.8, compile=1),
+    _case("block_adam", k=8, o=4096, i=4096, share=0.8, compile=1),
     _case("scaled_squares_columns", k=8, o=4096, i=4096, share=0.8),
+    _case("block_adam_layers", k=8, o=4096, i=4096, share=0.8),
+    _case("block_products", BF16, k=8, o=4096, i=4096, share=0.8),
+    _case("block_adam", BF16, k=8, o=4096, i=4096, share=0.8),
     _case("adamw_rounded", BF16, k=8, o=4096, i=4096, share=0.8),
     _case("scaled_adam", k=64, o=768, i=770, share=0.8),
     _case("shared_adam", BF16, k=8, o=4096, i=4096, share=0.8),

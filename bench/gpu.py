@@ -1,4 +1,4 @@
-"""Check and time every Triton kernel on a GPU, in one command and under ten minutes.
+"""Check and time every Triton kernel, and the step of DDCAdam, on a GPU in under ten minutes.
 
     python bench/gpu.py                          results in bench/results/gpu-<device>.json
     TRITON_INTERPRET=1 python bench/gpu.py --check      the same steps on a CPU, tiny, untimed
@@ -35,7 +35,7 @@ if TYPE_CHECKING:
     from bench.problems import Problem
 
 #: Seconds below which a step is not begun.
-LEAST = {"checks": 15.0, "row": 10.0, "tests": 20.0}
+LEAST = {"checks": 15.0, "row": 10.0, "step": 60.0, "tests": 20.0}
 #: Seconds after which the checks of one problem end: every shape and type may mean a compilation.
 CHECKS = 25.0
 
@@ -220,6 +220,14 @@ class Run:
         compiled = compiled and self.left > self.options.budget / 3
         self.content["rows"] += rows(case, self.device, self.content["peaks"], compiled)
 
+    def optimizer(self, captured: bool) -> None:
+        """Gate and time the whole step of DDCAdam."""
+        from bench.gpu_step import rows
+
+        self.content["rows"] += rows(
+            self.device, self.content["peaks"], captured=captured, tiny=self.options.check
+        )
+
     def pytest(self) -> None:
         """Run the tests that need a GPU."""
         if importlib.util.find_spec("pytest") is None:
@@ -280,7 +288,7 @@ def alarm(seconds: float) -> Iterator[None]:
 
 
 def plan(options: argparse.Namespace) -> Iterator[tuple[str, Any]]:
-    """The steps in order of importance: ("checks", problem), ("row", case), ("tests", None)."""
+    """The steps in order of importance: ("checks", problem), ("row", case), ...."""
     from bench.cases import GPU, TINY
     from bench.gpu_checks import has_kernel
     from bench.problems import PROBLEMS
@@ -300,6 +308,8 @@ def plan(options: argparse.Namespace) -> Iterator[tuple[str, Any]]:
 
     cases = TINY if options.check else GPU
     yield from rows([case for case in cases if case.compile])
+    if options.only in "ddcadam_step":
+        yield from (("step", captured) for captured in (False, True))
     if not options.no_tests:
         yield "tests", None
     for problem in PROBLEMS.values():  # those that are only checked
@@ -349,6 +359,9 @@ def work(options: argparse.Namespace) -> int:
             run.step(f"checks of {what.name}", least[kind], lambda p=what: run.check(p))
         elif kind == "row":
             run.step(what.name, least[kind], lambda c=what: run.row(c))
+        elif kind == "step":
+            name = f"the step of DDCAdam{', captured' * what}"
+            run.step(name, least[kind], lambda c=what: run.optimizer(c))
         else:
             run.step("pytest -m gpu tests/kernels", least[kind], run.pytest)
     run.content["complete"] = not run.content["not_run"]

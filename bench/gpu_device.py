@@ -48,6 +48,10 @@ class Interpreter:
         """Times of calls in turns."""
         return {n: [self.once(lambda n=n, k=k: calls[n](k)) for k in range(2)] for n in calls}
 
+    def captured(self, call: Callable[[], Any]) -> Callable[[], Any]:
+        """The call itself: there are no graphs."""
+        return call
+
     def free(self) -> None:
         """Nothing is cached."""
 
@@ -110,6 +114,13 @@ class Gpu:
                     events[name].append((start, end))
             torch.cuda.synchronize()
         return {n: [s.elapsed_time(e) / 1e3 for s, e in pairs] for n, pairs in events.items()}
+
+    def captured(self, call: Callable[[], Any]) -> Callable[[], Any]:
+        """The replay of a graph of the call, which is not made."""
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            call()
+        return graph.replay
 
     def free(self) -> None:
         """Give cached memory back."""

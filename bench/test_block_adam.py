@@ -27,7 +27,7 @@ SIZE = 2048
 OPTIONS = {"lr": 1e-3, "betas": (0.9, 0.999), "eps": 1e-8, "weight_decay": 0.01}
 #: Bytes an element: w, m, v read and written, g read; what two looks at a block cost (of a layer,
 #: or a tall column); w, g read.
-ONCE, TWICE, PRODUCTS = 28, 44, 8
+ONCE, TWICE, PRODUCTS = 28, 40, 8
 
 
 class Layers:

@@ -23,7 +23,7 @@ SMALL: tuple[Sizes, ...] = (
 )
 
 
-def _elements(s: Sizes) -> int:
+def elements(s: Sizes) -> int:
     return s["k"] * s["o"] * s["i"]
 
 
@@ -85,7 +85,7 @@ def _build_shared(s: Sizes, draw: Draw) -> tuple[Any, ...]:
     return w, g, m, v[:, : -(-s["o"] // head)].contiguous(), hyper, group
 
 
-def _moved(args: tuple[Any, ...]) -> float:
+def moved(args: tuple[Any, ...]) -> float:
     """w, m, v are read and written, g is read."""
     w, g, m, v = args[:4]
     return 2 * (w.nbytes + m.nbytes + v.nbytes) + g.nbytes
@@ -93,25 +93,25 @@ def _moved(args: tuple[Any, ...]) -> float:
 
 def _moved_shared(args: tuple[Any, ...]) -> float:
     """As above, but that g is read twice."""
-    return _moved(args) + args[1].nbytes
+    return moved(args) + args[1].nbytes
 
 
-def _read(*args: Any) -> Tensor:
+def read(*args: Any) -> Tensor:
     """All that a step writes."""
     w, _, m, v = args[:4]
     return torch.cat([x.to(m.dtype).flatten() for x in (w, m, v)])
 
 
-def _none(w: Tensor) -> list[None]:
+def none(w: Tensor) -> list[None]:
     return [None] * len(w)
 
 
 def _ours(w: Tensor, g: Tensor, m: Tensor, v: Tensor, hyper: Tensor) -> None:
-    ops.scaled_adam(list(w), list(g), list(m), list(v), _none(w), _none(w), hyper)
+    ops.scaled_adam(list(w), list(g), list(m), list(v), none(w), none(w), hyper)
 
 
 def _ours_rounded(w: Tensor, g: Tensor, m: Tensor, v: Tensor, hyper: Tensor) -> None:
-    ops.scaled_adam(list(w), list(g), list(m), list(v), _none(w), _none(w), hyper, seed=1)
+    ops.scaled_adam(list(w), list(g), list(m), list(v), none(w), none(w), hyper, seed=1)
 
 
 def _ours_scaled(
@@ -123,7 +123,7 @@ def _ours_scaled(
 def _ours_shared(w: Tensor, g: Tensor, m: Tensor, v: Tensor, hyper: Tensor, group: Tensor) -> None:
     maps = [group] * len(w)
     ops.shared_adam(
-        list(w), list(g), list(m), list(v), _none(w), _none(w), maps, _none(w), hyper
+        list(w), list(g), list(m), list(v), none(w), none(w), maps, none(w), hyper
     )  # fmt: skip
 
 
@@ -184,10 +184,10 @@ def _heads(w: Tensor, g: Tensor, m: Tensor, v: Tensor, hyper: Tensor, group: Ten
 def _fused(w: Tensor, g: Tensor, m: Tensor, v: Tensor, hyper: Tensor) -> None:
     if w.dtype != m.dtype:
         raise NotImplementedError("fused AdamW takes parameters and state of one type")
-    _call_fused(list(w), list(g), list(m), list(v))
+    call_fused(list(w), list(g), list(m), list(v))
 
 
-def _call_fused(
+def call_fused(
     ws: Sequence[Tensor], gs: Sequence[Tensor], ms: Sequence[Tensor], vs: Sequence[Tensor]
 ) -> None:
     """One step of ``torch.optim.AdamW(fused=True)`` without its bookkeeping."""
@@ -206,7 +206,7 @@ def _fused_scaled(
         raise NotImplementedError("fused AdamW takes parameters and state of one type")
     scale = row[:, :, None] * col[:, None]
     z, x = w / scale, g * scale
-    _call_fused(list(z), list(x), list(m), list(v))
+    call_fused(list(z), list(x), list(m), list(v))
     torch.mul(z, scale, out=w)
 
 
@@ -220,7 +220,7 @@ PROBLEMS = (
         build=_build_squares,
         ours=_rows,
         truth=_each_rows,
-        flops=lambda s: 3 * _elements(s),
+        flops=lambda s: 3 * elements(s),
         small=SMALL,
         by_element=True,
         forms=(
@@ -229,7 +229,7 @@ PROBLEMS = (
             Form("w^2 @ col^2", "as a product with a vector", _each_product),
         ),
         contiguous=True,
-        registered=lambda w, col: (list(w), _none(w), list(col), [0] * len(w)),
+        registered=lambda w, col: (list(w), none(w), list(col), [0] * len(w)),
     ),
     Problem(
         name="scaled_squares_columns",
@@ -237,12 +237,12 @@ PROBLEMS = (
         build=_build_squares,
         ours=_columns,
         truth=_each_columns,
-        flops=lambda s: 3 * _elements(s),
+        flops=lambda s: 3 * elements(s),
         small=SMALL,
         by_element=True,
         forms=(Form("(w * col).square().sum(0)", "what everyone writes", _each_columns),),
         contiguous=True,
-        registered=lambda w, col: (list(w), _none(w), list(col), [1] * len(w)),
+        registered=lambda w, col: (list(w), none(w), list(col), [1] * len(w)),
     ),
     Problem(
         name="adamw",
@@ -250,15 +250,15 @@ PROBLEMS = (
         build=_build,
         ours=_ours,
         truth=_eager,
-        flops=lambda s: 15 * _elements(s),
+        flops=lambda s: 15 * elements(s),
         small=SMALL,
         by_element=False,
         forms=(FUSED, EAGER),
         contiguous=True,
-        written=_read,
-        moved=_moved,
+        written=read,
+        moved=moved,
         registered=lambda w, g, m, v, hyper: (
-            *(list(x) for x in (w, g, m, v)), _none(w), _none(w), hyper, False, -1,
+            *(list(x) for x in (w, g, m, v)), none(w), none(w), hyper, False, -1,
         ),
     ),
     Problem(
@@ -267,15 +267,15 @@ PROBLEMS = (
         build=_build,
         ours=_ours_rounded,
         truth=_eager,
-        flops=lambda s: 25 * _elements(s),
+        flops=lambda s: 25 * elements(s),
         small=SMALL,
         by_element=False,
         forms=(EAGER,),
         contiguous=True,
-        written=_read,
-        moved=_moved,
+        written=read,
+        moved=moved,
         registered=lambda w, g, m, v, hyper: (
-            *(list(x) for x in (w, g, m, v)), _none(w), _none(w), hyper, True, 2,
+            *(list(x) for x in (w, g, m, v)), none(w), none(w), hyper, True, 2,
         ),
     ),
     Problem(
@@ -284,7 +284,7 @@ PROBLEMS = (
         build=_build_scaled,
         ours=_ours_scaled,
         truth=_eager_scaled,
-        flops=lambda s: 18 * _elements(s),
+        flops=lambda s: 18 * elements(s),
         small=SMALL,
         by_element=False,
         forms=(
@@ -292,8 +292,8 @@ PROBLEMS = (
             Form("by operations", "the formula on each matrix", _eager_scaled),
         ),
         contiguous=True,
-        written=_read,
-        moved=_moved,
+        written=read,
+        moved=moved,
         registered=lambda w, g, m, v, hyper, row, col: (
             *(list(x) for x in (w, g, m, v, row, col)), hyper, False, -1,
         ),
@@ -304,7 +304,7 @@ PROBLEMS = (
         build=_build_shared,
         ours=_ours_shared,
         truth=_eager_shared,
-        flops=lambda s: 17 * _elements(s),
+        flops=lambda s: 17 * elements(s),
         small=SMALL,
         by_element=False,
         forms=(
@@ -312,10 +312,10 @@ PROBLEMS = (
             Form("by operations, mean of a view", "for heads that are neighbours", _heads),
         ),
         contiguous=True,
-        written=_read,
+        written=read,
         moved=_moved_shared,
         registered=lambda w, g, m, v, hyper, group: (
-            *(list(x) for x in (w, g, m, v)), _none(w), _none(w), [group] * len(w), _none(w),
+            *(list(x) for x in (w, g, m, v)), none(w), none(w), [group] * len(w), none(w),
             hyper, False, -1,
         ),
     ),

@@ -14,7 +14,7 @@ and takes an AdamW step: t = g, no projection, radial and reach read as 0 and 1.
 
 Bound: the products <u, w0> need all of a block's moments before any of it moves. A block that fits
 in a cache is finished there: w, m, v read and written and g read once, 28 bytes an element in fp32.
-Others are streamed twice, w, m, v read again: 44 bytes. Rows of units are of the first kind, and
+Others are streamed twice, w, m, v read again: 40 bytes. Rows of units are of the first kind, and
 whole layers of the second. So are columns of tall matrices (C++: above 128 rows, Triton: 512): a
 panel of them that fits in a cache is so narrow that memory reads it at a fraction of its rate.
 About 25 FLOP an element. Bound by memory.

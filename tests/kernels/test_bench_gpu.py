@@ -9,17 +9,20 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
 
 pytest.importorskip("bench", reason="the source archive leaves bench out")
 
-from bench import gpu
+from bench import gpu, gpu_step
 from bench.cases import TINY
 from bench.gpu_checks import has_kernel
 from bench.gpu_device import Interpreter
 from bench.problems import PROBLEMS
+from deaddir_fast.optim import DDCAdam
 
 pytestmark = pytest.mark.interp
 
+STEPS = {"ddcadam_step", "ddcadam_step_captured"}
 KERNELS = {name for name, problem in PROBLEMS.items() if has_kernel(problem)}
 
 
@@ -51,9 +54,44 @@ def test_every_kernel_is_checked_and_timed(tmp_path):
     assert {check["problem"] for check in found["checks"]} == KERNELS
     assert {check["what"] for check in found["checks"]} == {"values", "strided inputs", "opcheck"}
     ours = {row["problem"]: row for row in found["rows"] if row["implementation"] == "ours"}
-    assert ours.keys() == {case.problem for case in TINY} & KERNELS
+    assert ours.keys() == {case.problem for case in TINY} & KERNELS | STEPS
     assert all(row["gate"] == "ok" and row["p50"] > 0 for row in found["rows"])
     assert any(row["implementation"].startswith("torch.compile") for row in found["rows"])
+
+
+def test_a_wrong_step_is_red_and_not_timed(monkeypatch):
+    def longer(gauges):
+        options = {**gpu_step.OPTIONS, "lr": 1.001 * gpu_step.OPTIONS["lr"]}
+        return lambda model, capturable: DDCAdam(model, gauges=gauges, foreach=True, **options)
+
+    def refusing(**options):
+        def make(model, capturable):
+            if options.get("fused"):
+                raise RuntimeError("planted")
+            return plain(**options)(model, capturable)
+
+        return make
+
+    plain = gpu_step.adamw
+    monkeypatch.setattr(gpu_step, "ours", longer)
+    monkeypatch.setattr(gpu_step, "adamw", refusing)
+    found = gpu_step.rows(Interpreter(), {}, captured=True, tiny=True)
+    gates = {row["implementation"]: row["gate"] for row in found}
+    assert "above" in gates.pop("ours")
+    assert gates == {
+        "DDCAdam(foreach=True)": "ok",
+        "AdamW(fused=True)": "RuntimeError: planted",
+    }
+    assert [row["implementation"] for row in found if "p50" in row] == ["DDCAdam(foreach=True)"]
+
+
+def test_the_model_that_is_stepped():
+    model, gauges, _ = gpu_step.problem(False, "cpu")
+    how = {claim.treatment for claim in DDCAdam(model, gauges=gauges).claims}
+    assert any("frame" in x for x in how) and any("second moment shared" in x for x in how)
+    with torch.device("meta"):
+        full = gpu_step.Transformer(gpu_step.FULL)
+    assert 25e6 < sum(p.numel() for p in full.parameters()) < 27e6
 
 
 def test_a_wrong_kernel_is_red_and_stops_nothing(tmp_path, monkeypatch, capsys):
