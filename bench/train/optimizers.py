@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,13 +11,14 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 import deaddir_fast as dd
+from deaddir_fast.gauge.base import Gauge
 
 SHARED_GRID = (1e-4, 3e-4, 1e-3, 3e-3, 1e-2)
 #: What Muon leaves to AdamW, besides everything that is not a matrix.
 OUTER = ("tokens.", "positions.", "head.")
 
 
-def _muon(model: nn.Module, lr: float) -> list[Optimizer]:
+def _muon(model: nn.Module, lr: float, gauges: Sequence[Gauge]) -> list[Optimizer]:
     """Muon on the hidden matrices, AdamW on the rest; one learning rate suits both."""
     last = [name for name, p in model.named_parameters() if p.ndim > 1][-1]
     inner, rest = [], []
@@ -37,25 +38,29 @@ class Recipe:
 
     Attributes:
         grid: learning rates tried.
-        make: from a network and a learning rate, the optimizers that together step it.
+        make: from a network, a learning rate and the network's gauges, the optimizers that
+            together step it.
     """
 
     grid: tuple[float, ...]
-    make: Callable[[nn.Module, float], list[Optimizer]]
+    make: Callable[[nn.Module, float, Sequence[Gauge]], list[Optimizer]]
 
 
 # Weight decay is zero everywhere: what is compared is the step.
 RECIPES = {
     "AdamW": Recipe(
         SHARED_GRID,
-        lambda model, lr: [torch.optim.AdamW(model.parameters(), lr=lr, weight_decay=0.0)],
+        lambda model, lr, _: [torch.optim.AdamW(model.parameters(), lr=lr, weight_decay=0.0)],
     ),
     "DDCAdam": Recipe(
-        SHARED_GRID, lambda model, lr: [dd.optim.DDCAdam(model, lr=lr, weight_decay=0.0)]
+        SHARED_GRID,
+        lambda model, lr, gauges: [
+            dd.optim.DDCAdam(model, lr=lr, weight_decay=0.0, gauges=gauges)
+        ],
     ),
     "SGD": Recipe(
         (1e-2, 3e-2, 1e-1, 3e-1, 1.0),
-        lambda model, lr: [torch.optim.SGD(model.parameters(), lr=lr, momentum=0.9)],
+        lambda model, lr, _: [torch.optim.SGD(model.parameters(), lr=lr, momentum=0.9)],
     ),
     "Muon": Recipe((3e-4, 1e-3, 3e-3, 1e-2, 3e-2), _muon),
 }

@@ -11,7 +11,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+import deaddir_fast as dd
 from bench.train import data, models
+from deaddir_fast.gauge.base import Gauge
 
 #: Of the digits: it keeps the softmax away from saturation, where curvature fades into rounding.
 SMOOTHING = 0.1
@@ -48,6 +50,23 @@ class Problem:
             torch.manual_seed(seed)
             return self.build()
 
+    def gauges(self) -> list[Gauge]:
+        """Symmetries of the network, those that a softmax over classes does not see among them."""
+        return _gauges(self)
+
+    def moved(self, seed: int) -> nn.Module:
+        """The same network at other weights: every rescaling of units by a random element."""
+        model = self.model(seed)
+        state = {k: v.detach().double() for k, v in model.named_parameters()}
+        generator = torch.Generator().manual_seed(seed)
+        for gauge in self.gauges():
+            if gauge.name.startswith("rescaling"):
+                state = gauge.act(state, gauge.random_element(generator))
+        with torch.no_grad():
+            for name, p in model.named_parameters():
+                p.copy_(state[name])
+        return model
+
     def sample(self, seed: int, step: int) -> tuple[Tensor, Tensor]:
         """The batch of a step: the same for every optimizer, and after a restart."""
         generator = torch.Generator().manual_seed(1_000_003 * (seed + 1) + step)
@@ -72,13 +91,19 @@ class Problem:
         x, y = self.data().fixed(held, self.evaluated)
         total = 0.0
         for part, labels in zip(x.split(128), y.split(128), strict=True):
-            total += float(self.loss(model(part), labels)) * len(part)
+            total += self.loss(model(part), labels).item() * len(part)
         return total / len(x)
 
     def scan_batches(self) -> list[Tensor]:
         """Training inputs that a trained network is read on."""
         size, count = self.scanned
         return list(self.data().fixed(False, size * count)[0].split(size))
+
+
+@cache
+def _gauges(problem: Problem) -> list[Gauge]:
+    x, _ = problem.data().fixed(False, 2)
+    return dd.gauge.find(problem.model(0).eval(), x)
 
 
 CONTEXT = 64
@@ -121,10 +146,10 @@ PROBLEMS = {
             _decoder("llama", 160, 3, 5),
             _poem,
             0.0,
-            steps=500,
-            batch=16,
-            evaluated=128,
-            scanned=(16, 8),
+            steps=400,
+            batch=8,
+            evaluated=64,
+            scanned=(32, 12),
         ),
         Problem(
             "gpt2",
@@ -132,10 +157,10 @@ PROBLEMS = {
             _decoder("gpt2", 160, 3, 5),
             _poem,
             0.0,
-            steps=500,
-            batch=16,
-            evaluated=128,
-            scanned=(16, 8),
+            steps=400,
+            batch=8,
+            evaluated=64,
+            scanned=(32, 12),
         ),
     )
 }
