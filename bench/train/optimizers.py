@@ -54,9 +54,7 @@ RECIPES = {
     ),
     "DDCAdam": Recipe(
         SHARED_GRID,
-        lambda model, lr, gauges: [
-            dd.optim.DDCAdam(model, lr=lr, weight_decay=0.0, gauges=gauges)
-        ],
+        lambda model, lr, gauges: [dd.optim.DDCAdam(model, lr=lr, weight_decay=0.0, gauges=gauges)],
     ),
     "SGD": Recipe(
         (1e-2, 3e-2, 1e-1, 3e-1, 1.0),

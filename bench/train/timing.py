@@ -1,4 +1,4 @@
-"""Time of a step and memory of the state, the optimizers taking turns in one process."""
+"""CPU time of a step and memory of the state, the optimizers taking turns in one process."""
 
 from __future__ import annotations
 
@@ -18,10 +18,14 @@ WARM = 3
 def timing(problem: Problem, names: Sequence[str], rounds: int) -> list[dict[str, Any]]:
     """Time forward, backward and step of each optimizer, in rounds over all of them.
 
+    CPU time of this process, which does not count what others take of a shared machine; in one
+    thread it is what a clock shows on an idle one.
+
     Returns:
         For each: ``seconds`` (20th, 50th, 80th percentile of a whole step), ``optimizer_seconds``
         (of the optimizers' part alone), ``ratio`` (median over rounds of the whole step over
-        AdamW's in the same round, None without AdamW), ``state_bytes`` and ``parameter_bytes``.
+        AdamW's in the same round, None without AdamW), ``optimizer_ratio`` (the same of the
+        optimizers' part), ``state_bytes`` and ``parameter_bytes``.
     """
     batch = problem.sample(0, 0)
     takers = []
@@ -32,15 +36,15 @@ def timing(problem: Problem, names: Sequence[str], rounds: int) -> list[dict[str
     parts: dict[str, list[float]] = {name: [] for name in names}
     for k in range(WARM + rounds):
         for name, model, optimizers in takers[k % len(takers) :] + takers[: k % len(takers)]:
-            start = time.perf_counter()
+            start = time.process_time()
             take_step(problem, model, optimizers, batch)
-            seconds = time.perf_counter() - start
-            start = time.perf_counter()
+            seconds = time.process_time() - start
+            start = time.process_time()
             for optimizer in optimizers:
                 optimizer.step()
             if k >= WARM:
                 whole[name].append(seconds)
-                parts[name].append(time.perf_counter() - start)
+                parts[name].append(time.process_time() - start)
     return [
         {
             "optimizer": name,
