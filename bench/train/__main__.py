@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import os
 import sys
-import time
 from pathlib import Path
 
 from bench import results
@@ -46,11 +45,9 @@ def main(arguments: list[str] | None = None) -> int:
         folder=folder,
         jobs=1 if chosen.quick else chosen.jobs,
     )
-    start = time.perf_counter()
     found = compare(plan)
     content = {
         "machine": results.machine(f"{results.cpu_name()}, {os.cpu_count()} cores"),
-        "seconds": time.perf_counter() - start,
         **found,
     }
     default = folder / "results.json" if chosen.quick else report.path_of()

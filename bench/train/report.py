@@ -132,7 +132,7 @@ def markdown(content: dict[str, Any]) -> str:
     table += [padded(row) for row in cells[1:]]
     caption = (
         f"{m['device']}, one thread a training; torch {m['torch']}; revision {m['revision']}; "
-        f"{m['date']}; {content['seconds'] / 60:.0f} minutes."
+        f"{m['date']}."
     )
     about = [
         f"- `{p['name']}`: {p['about']}; {p['parameters']:,} parameters, {p['steps']} steps of "
