@@ -128,7 +128,7 @@ def train(
     stops = {round(which.steps * k / EVALUATIONS) for k in range(1, EVALUATIONS + 1)}
     if not curve:
         curve.append(_point(problem, model, 0))
-    diverged = False
+    diverged = not math.isfinite(curve[-1]["train"])
     while step < which.steps and not diverged:
         set_rate(optimizers, which.lr * factor(step, which.steps))
         loss = take_step(problem, model, optimizers, problem.sample(which.seed, step))

@@ -2,6 +2,7 @@
 
 from deaddir_fast.gauge.balance import conserved
 from deaddir_fast.gauge.base import Gauge
+from deaddir_fast.gauge.complex import ComplexRescaling
 from deaddir_fast.gauge.counts import QuotientDimension, quotient_dimension
 from deaddir_fast.gauge.discover import find
 from deaddir_fast.gauge.drift import Drift, plot_drift
@@ -13,6 +14,7 @@ from deaddir_fast.gauge.shift import ClassShift, Translation
 
 __all__ = [
     "ClassShift",
+    "ComplexRescaling",
     "Drift",
     "Frame",
     "Gauge",

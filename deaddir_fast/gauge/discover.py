@@ -5,27 +5,36 @@ from __future__ import annotations
 import math
 import warnings
 from collections import defaultdict
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
+from functools import partial
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, fx, nn
+from torch.utils import _pytree as pytree
 
 from deaddir_fast import _check
 from deaddir_fast.gauge.base import Gauge
 from deaddir_fast.gauge.inputs import made_up
 from deaddir_fast.gauge.linear import GeneralLinear
 from deaddir_fast.gauge.rescaling import Rescaling, Slot
-from deaddir_fast.gauge.scaling import MOVES, SAME, Flow, aten, flow, operands
+from deaddir_fast.gauge.scaling import MOVES, SAME, Flow, aten, flow, grouped, operands, rule_of
 from deaddir_fast.gauge.shift import ClassShift
 from deaddir_fast.gauge.shifting import translations
+from deaddir_fast.gauge.turning import turned
 from deaddir_fast.gauge.units import Term
 from deaddir_fast.gauge.verify import Verifier, at_rest
 from deaddir_fast.nets.graph import batch_size, capture, slice_batch
 
 _TRACED = 2  # samples the dataflow is followed on
-_CHECKED = 16  # samples every claim is checked on
+_CHECKED = 16  # samples every claim is checked on, at most
+_WORK = 5e9  # multiplications a forward pass of the check may take if two samples take fewer
+
+
+_PRODUCTS = {aten.mm.default, aten.bmm.default, aten.addmm.default, aten.baddbmm.default}
+# A parameter, its axes and the exponent with which it takes part: what becomes a slot.
+_Place = tuple[str, tuple[int, ...], int, int]
 
 
 def find(model: nn.Module, inputs: Any = None) -> list[Gauge]:
@@ -69,6 +78,9 @@ def find(model: nn.Module, inputs: Any = None) -> list[Gauge]:
             return []
         few = slice_batch(inputs, 0, min(n, _TRACED))
         run = flow(capture(model, few), few)
+        if run.unseen and run.repeat > 1:
+            few = pytree.tree_map(partial(_repeated, times=run.repeat), few)
+            run = flow(capture(model, few), few)
         names = dict(
             zip(
                 (v for v in run.capture.graph.nodes if v.op == "placeholder"),
@@ -83,23 +95,52 @@ def find(model: nn.Module, inputs: Any = None) -> list[Gauge]:
         ]
         if not claims:
             return []
-        verifier = Verifier(model, slice_batch(inputs, 0, min(n, _CHECKED)))
-        found = []
-        for claim, weaker in claims:
-            gauge = _accepted(verifier, claim, weaker)
-            if gauge is not None:
-                found.append(gauge)
-        return found
+        verifier = Verifier(model, slice_batch(inputs, 0, _samples(run, n)))
+        return verified(verifier, claims)
 
 
-def _accepted(verifier: Verifier, claim: Gauge, weaker: Gauge | None) -> Gauge | None:
-    if not verifier.moves(claim):
-        return None
-    reason = verifier.objection(claim)
-    if reason is None:
-        return claim
-    warnings.warn(f"{claim.name} ({claim.group}) dropped: {reason}", UserWarning, stacklevel=4)
-    return None if weaker is None else _accepted(verifier, weaker, None)
+def _repeated(x: Any, times: int) -> Any:
+    return x.repeat(times, *[1] * (x.ndim - 1)) if isinstance(x, Tensor) else x
+
+
+def _samples(run: Flow, available: int) -> int:
+    """How many samples to check on: all that help, few where a pass is expensive."""
+    products = sum(_multiplications(run, node) for node in run.capture.graph.nodes)
+    per_sample = max(products / (min(available, _TRACED) * run.repeat), 1.0)
+    return min(available, _CHECKED, max(_TRACED, int(_WORK / per_sample)))
+
+
+def _multiplications(run: Flow, node: fx.Node) -> int:
+    """Multiplications, about, of a matrix product or convolution."""
+    if node.op != "call_function":
+        return 0
+    outputs = math.prod(run.shape(node))
+    if node.target is aten.convolution.default:
+        return outputs * math.prod(run.shape(operands(node)[1])[1:])
+    if node.target in _PRODUCTS:
+        return outputs * run.shape(operands(node)[-2])[-1]
+    if rule_of(node.target) is grouped:
+        return outputs * run.shape(operands(node)[0])[-1]
+    return 0
+
+
+def verified(verifier: Verifier, claims: Sequence[tuple[Gauge, Gauge | None]]) -> list[Gauge]:
+    """The claims that stand, each replaced by its weaker form (or none) where it does not.
+
+    Claims that move nothing at a generic point are left out; false ones with a ``UserWarning``.
+    """
+    moving = verifier.moves([claim for claim, _ in claims])
+    kept = [pair for pair, moves in zip(claims, moving, strict=True) if moves]
+    reasons = verifier.objections([claim for claim, _ in kept])
+    found: list[Gauge] = []
+    for (claim, weaker), reason in zip(kept, reasons, strict=True):
+        if reason is None:
+            found.append(claim)
+            continue
+        warnings.warn(f"{claim.name} ({claim.group}) dropped: {reason}", UserWarning, stacklevel=3)
+        if weaker is not None:
+            found += verified(verifier, [(weaker, None)])
+    return found
 
 
 def _modules(parameters: Iterable[str]) -> str:
@@ -112,9 +153,9 @@ def _diagonal(run: Flow) -> list[tuple[Gauge, Gauge | None]]:
     families: dict[tuple, dict[int, list[dict[int, int]]]] = defaultdict(lambda: defaultdict(list))
     taken: dict[tuple, list[set[int]]] = defaultdict(list)
     for vector in (_oriented(run, v) for basis in units.solve() for v in basis):
-        touched: dict[tuple[str, int, int], int] = defaultdict(int)
+        touched: dict[_Place, int] = defaultdict(int)
         for v, exponent in vector.items():
-            touched[(units.parameter[v], units.axis[v], exponent)] += 1
+            touched[(units.parameter[v], units.outer[v], units.axis[v], exponent)] += 1
         positive = bool(units.positive[list(vector)].any())
         label = int(np.sum(units.label[list(vector)], dtype=np.uint64))
         key = (tuple(sorted(touched.items())), positive)
@@ -134,7 +175,8 @@ def _diagonal(run: Flow) -> list[tuple[Gauge, Gauge | None]]:
             for part in parts:
                 by_size[len(part)].append(part)
         for size, same in sorted(by_size.items()):
-            claims.append(_claim(run, same, size, positive))
+            claim, weaker = _claim(run, same, size, positive)
+            claims += turned(run, claim) if isinstance(claim, Rescaling) else [(claim, weaker)]
     order = {name: i for i, name in enumerate(run.capture.names)}
     return sorted(claims, key=lambda c: order[c[0].parameters[0]])
 
@@ -149,12 +191,10 @@ def _claim(
     run: Flow, blocks: list[list[dict[int, int]]], size: int, positive: bool
 ) -> tuple[Gauge, Gauge | None]:
     units, h = run.units, len(blocks) * size
-    entries: dict[tuple[str, int, int], list[list[int]]] = defaultdict(
-        lambda: [[] for _ in range(h)]
-    )
+    entries: dict[_Place, list[list[int]]] = defaultdict(lambda: [[] for _ in range(h)])
     for j, vector in enumerate(u for block in blocks for u in block):
         for v, exponent in vector.items():
-            slot = (units.parameter[v], units.axis[v], exponent)
+            slot = (units.parameter[v], units.outer[v], units.axis[v], exponent)
             entries[slot][j].append(units.index[v])
     order = {name: i for i, name in enumerate(run.capture.names)}
     slots = tuple(
@@ -162,10 +202,15 @@ def _claim(
             p,
             axis,
             torch.tensor([sorted(x) for x in at]),
-            run.capture.parameters[p].shape[axis] if run.capture.parameters[p].ndim else 1,
+            math.prod(run.capture.parameters[p].shape[a] for a in (*outer, axis))
+            if run.capture.parameters[p].ndim
+            else 1,
             e,
+            outer,
         )
-        for (p, axis, e), at in sorted(entries.items(), key=lambda s: (order[s[0][0]], s[0][1:]))
+        for (p, outer, axis, e), at in sorted(
+            entries.items(), key=lambda s: (order[s[0][0]], s[0][1:])
+        )
     )
     parameters = tuple(dict.fromkeys(s.parameter for s in slots))
     ends = [_modules(s.parameter for s in slots if s.exponent * sign > 0) for sign in (1, -1)]

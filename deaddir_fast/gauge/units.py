@@ -1,13 +1,15 @@
 """The unknowns of symmetry discovery and the linear equations between them.
 
-Every axis entry of every parameter gets an unknown log scale ("variable"). Walking the forward
-pass, each operation states which sums of variables must vanish; what is left free is the group
-of diagonal symmetries. Variable 0 is the constant zero.
+Every axis entry of every parameter gets an unknown log scale ("variable"); where a parameter
+stacks matrices of equal standing (experts), every axis entry of every one of them. Walking the
+forward pass, each operation states which sums of variables must vanish; what is left free is the
+group of diagonal symmetries. Variable 0 is the constant zero.
 """
 
 from __future__ import annotations
 
 import itertools
+import math
 from collections import defaultdict
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
@@ -77,12 +79,14 @@ class Units:
     """Variables, equations, and what operations were seen to do to each variable.
 
     Attributes:
-        parameter, axis, index: for each variable the parameter name, axis and entry it scales.
+        parameter, outer, axis, index: for each variable the parameter name and the entry it
+            scales of ``axis``, or of ``(*outer, axis)`` flattened.
         positive: the variable passed an operation with a kink: only positive scales commute.
         label: variables with different labels were told apart by some operation and do not mix.
     """
 
     parameter: list[str] = field(default_factory=lambda: [""])
+    outer: list[tuple[int, ...]] = field(default_factory=lambda: [()])
     axis: list[int] = field(default_factory=lambda: [0])
     index: list[int] = field(default_factory=lambda: [0])
     rows: list[tuple[list[Fraction], np.ndarray]] = field(default_factory=list)
@@ -92,25 +96,23 @@ class Units:
     def __post_init__(self) -> None:
         self._random = np.random.default_rng(0)
 
-    def declare(self, name: str, value: Tensor) -> Scale:
-        """Fresh variables for a parameter: one per entry of each axis longer than 1."""
-        axes = [a for a, s in enumerate(value.shape) if s > 1]
-        if not axes:
-            return [self._fresh(name, 0, 1, [1] * value.ndim)]
-        return [
-            self._fresh(
-                name,
-                a,
-                value.shape[a],
-                [value.shape[a] if b == a else 1 for b in range(value.ndim)],
-            )
-            for a in axes
-        ]
+    def declare(self, name: str, value: Tensor, stacked: bool = False) -> Scale:
+        """Fresh variables for a parameter: one per entry of each axis longer than 1.
 
-    def _fresh(self, name: str, axis: int, size: int, shape: list[int]) -> Term:
-        start = len(self.parameter)
+        With ``stacked`` one per pair of an entry of the first axis and an entry of another: the
+        parameter is a stack of matrices that an operation tells apart.
+        """
+        axes = [a for a, s in enumerate(value.shape) if s > 1]
+        if stacked and axes[:1] == [0] and len(axes) > 1:
+            return [self._fresh(name, (0, a), value) for a in axes[1:]]
+        return [self._fresh(name, (a,), value) for a in axes or [0]]
+
+    def _fresh(self, name: str, axes: tuple[int, ...], value: Tensor) -> Term:
+        shape = [s if a in axes else 1 for a, s in enumerate(value.shape)]
+        start, size = len(self.parameter), math.prod(shape)
         self.parameter += [name] * size
-        self.axis += [axis] * size
+        self.outer += [axes[:-1]] * size
+        self.axis += [axes[-1]] * size
         self.index += range(size)
         self.positive = np.concatenate([self.positive, np.zeros(size, bool)])
         self.label = np.concatenate([self.label, np.zeros(size, np.uint64)])

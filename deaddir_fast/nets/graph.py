@@ -196,7 +196,7 @@ def readable_attention() -> Iterator[None]:
 
 
 @contextmanager
-def _recorded() -> Iterator[None]:
+def recorded() -> Iterator[None]:
     """``torch.compiler.is_compiling()`` is true: models that ask read no values of tensors.
 
     Hugging Face models otherwise look into their masks for a faster kernel.
@@ -309,7 +309,7 @@ def capture(
 
     example = (list(chosen.values()), [leaves[i].detach() for i in slots])
     try:
-        with torch.no_grad(), readable_attention(), _recorded():
+        with torch.no_grad(), readable_attention(), recorded():
             module = make_fx(functionalize(forward), decomposition_table=_decompositions())(
                 *example
             )

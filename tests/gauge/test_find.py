@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from deaddir_fast import gauge
-from deaddir_fast.gauge.discover import _accepted
+from deaddir_fast.gauge.discover import verified
 from deaddir_fast.gauge.verify import Verifier
 from gauge.models import (
     Attention,
@@ -353,7 +353,7 @@ def test_false_claim_is_dropped_with_a_warning(act: nn.Module) -> None:
     model = nn.Sequential(nn.Linear(4, 5), act, nn.Linear(5, 2))
     verifier = Verifier(model, torch.randn(8, 4))
     with pytest.warns(UserWarning, match=r"rescaling: 0 -> 2 .* dropped: a random element"):
-        assert _accepted(verifier, false_claim(True), None) is None
+        assert verified(verifier, [(false_claim(True), None)]) == []
 
 
 def test_negative_scales_through_a_relu_are_false() -> None:
