@@ -13,7 +13,7 @@ from torch.optim import Optimizer
 import deaddir_fast as dd
 from deaddir_fast.gauge.base import Gauge
 
-SHARED_GRID = (1e-4, 3e-4, 1e-3, 3e-3, 1e-2)
+SHARED_GRID = (3e-4, 1e-3, 3e-3, 1e-2, 3e-2)
 #: What Muon leaves to AdamW, besides everything that is not a matrix.
 OUTER = ("tokens.", "positions.", "head.")
 
@@ -57,10 +57,10 @@ RECIPES = {
         lambda model, lr, gauges: [dd.optim.DDCAdam(model, lr=lr, weight_decay=0.0, gauges=gauges)],
     ),
     "SGD": Recipe(
-        (1e-2, 3e-2, 1e-1, 3e-1, 1.0),
+        (5e-3, 2e-2, 8e-2, 3e-1, 1.0),
         lambda model, lr, _: [torch.optim.SGD(model.parameters(), lr=lr, momentum=0.9)],
     ),
-    "Muon": Recipe((3e-4, 1e-3, 3e-3, 1e-2, 3e-2), _muon),
+    "Muon": Recipe((1e-3, 3e-3, 1e-2, 3e-2, 1e-1), _muon),
 }
 
 
