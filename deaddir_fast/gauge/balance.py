@@ -29,8 +29,9 @@ def conserved(gauge: Gauge, state: State) -> Tensor | None:
       symmetric X alone: those of rotations conserve no function of the parameters;
     - class shift: the sum over classes of the weight's rows (and of the bias), shape of the gauge;
     - translation that nothing takes back (attention key bias): the bias entries themselves;
-    - translation b + v, c − W v: None. Its field (v, −W v) has curl, v_i ∂/∂b_i against
-      −W_ki v_i ∂/∂c_k: b' = Wᵀ c' holds at each moment but integrates to no function.
+    - translation b + v, c − W v: None. Its tangent has no component along W, so Q would be a
+      function of b and c with ∂Q/∂c = −W ∂Q/∂b for every W. What holds is b' = Wᵀ c', at each
+      moment.
 
     Args:
         gauge: as returned by ``find``.

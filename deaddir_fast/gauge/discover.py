@@ -76,38 +76,39 @@ def find(model: nn.Module, inputs: Any = None) -> list[Gauge]:
         n = batch_size(inputs)
         if not any(True for _ in model.parameters()) or n == 0:
             return []
-        few = slice_batch(inputs, 0, min(n, _TRACED))
-        run = flow(capture(model, few), few)
-        if run.unseen and run.repeat > 1:
-            few = pytree.tree_map(partial(_repeated, times=run.repeat), few)
-            run = flow(capture(model, few), few)
-        names = dict(
-            zip(
-                (v for v in run.capture.graph.nodes if v.op == "placeholder"),
-                run.capture.names,
-                strict=False,
-            )
-        )
-        claims: list[tuple[Gauge, Gauge | None]] = [
-            *_diagonal(run),
-            *((g, None) for g in translations(run, names)),
-            *((g, None) for g in _class_shifts(run, names)),
-        ]
+        claims, samples = _claims(model, slice_batch(inputs, 0, min(n, _TRACED)))
         if not claims:
             return []
-        verifier = Verifier(model, slice_batch(inputs, 0, _samples(run, n)))
-        return verified(verifier, claims)
+        return verified(Verifier(model, slice_batch(inputs, 0, min(n, samples))), claims)
+
+
+def _claims(model: nn.Module, few: Any) -> tuple[list[tuple[Gauge, Gauge | None]], int]:
+    """What the rules find on few samples, and on how many to check it."""
+    run = flow(capture(model, few), few)
+    traced = batch_size(few)
+    if run.unseen and run.repeat > 1:
+        traced *= run.repeat
+        few = pytree.tree_map(partial(_repeated, times=run.repeat), few)
+        run = flow(capture(model, few), few)
+    names = dict(
+        zip(
+            (v for v in run.capture.graph.nodes if v.op == "placeholder"),
+            run.capture.names,
+            strict=False,
+        )
+    )
+    claims: list[tuple[Gauge, Gauge | None]] = [
+        *_diagonal(run),
+        *((g, None) for g in translations(run, names)),
+        *((g, None) for g in _class_shifts(run, names)),
+    ]
+    products = sum(_multiplications(run, node) for node in run.capture.graph.nodes)
+    samples = int(_WORK / max(products / traced, 1.0))
+    return claims, min(_CHECKED, max(_TRACED, samples))
 
 
 def _repeated(x: Any, times: int) -> Any:
     return x.repeat(times, *[1] * (x.ndim - 1)) if isinstance(x, Tensor) else x
-
-
-def _samples(run: Flow, available: int) -> int:
-    """How many samples to check on: all that help, few where a pass is expensive."""
-    products = sum(_multiplications(run, node) for node in run.capture.graph.nodes)
-    per_sample = max(products / (min(available, _TRACED) * run.repeat), 1.0)
-    return min(available, _CHECKED, max(_TRACED, int(_WORK / per_sample)))
 
 
 def _multiplications(run: Flow, node: fx.Node) -> int:

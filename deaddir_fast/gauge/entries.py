@@ -35,8 +35,8 @@ class Hold:
     entries: Tensor
 
 
-def holds(gauge: Gauge, state: State) -> list[Hold]:
-    """Everything that a gauge moves.
+def holds(gauge: Gauge, state: State, units: Tensor | None = None) -> list[Hold]:
+    """Everything that a gauge moves; with ``units`` (h,) bool, what some of its units move.
 
     Raises:
         TypeError: a kind of gauge that is neither of the four of this package.
@@ -46,10 +46,10 @@ def holds(gauge: Gauge, state: State) -> list[Hold]:
         return Hold(gauge, None, name, 0, torch.ones(state[name].shape[0], dtype=torch.bool))
 
     if isinstance(gauge, Rescaling | GeneralLinear):
-        return [
-            Hold(gauge, s, s.parameter, s.axis, s.unit_of() < s.positions.shape[0])
-            for s in gauge.slots
-        ]
+        h = gauge.slots[0].positions.shape[0]
+        chosen = torch.ones(h, dtype=torch.bool) if units is None else units.cpu()
+        chosen = torch.cat([chosen, torch.zeros(1, dtype=torch.bool)])
+        return [Hold(gauge, s, s.parameter, s.axis, chosen[s.unit_of()]) for s in gauge.slots]
     if isinstance(gauge, ClassShift):
         return [whole(n) for n in gauge.parameters]
     if isinstance(gauge, Translation):
@@ -68,9 +68,9 @@ def holds(gauge: Gauge, state: State) -> list[Hold]:
 Keep = dict[int, Tensor]  # axis -> (size,) bool, the entries that count
 
 
-def kept(slot: Slot, others: Sequence[Hold]) -> Keep:
-    """The entries of a slot's parameter that none of the other holds moves."""
-    keep: Keep = {}
+def kept(slot: Slot, others: Sequence[Hold], before: Keep | None = None) -> Keep:
+    """The entries of a slot's parameter (of ``before``) that none of the other holds moves."""
+    keep: Keep = dict(before or {})
     for other in others:
         if other.parameter == slot.parameter and other.slot is not slot:
             free = ~other.entries

@@ -21,10 +21,14 @@ from torch import Tensor
 from deaddir_fast import _check
 from deaddir_fast.gauge.base import Gauge, State, along, spread
 from deaddir_fast.gauge.entries import (
+    Hold,
     Keep,
+    Multiplicative,
     blocks,
     counts,
+    holds,
     in_turn,
+    kept,
     squares,
     translations_in_turn,
 )
@@ -116,6 +120,8 @@ class Frame:
         Args:
             covector: {name: tensor of the parameter's shape}; a missing parameter is zero.
         """
+        if not self.steps:
+            return dict(covector)
         zeros = {n: torch.zeros_like(self.state[n]) for n in self.parameters}
         back = torch.func.vjp(self._pull, zeros)[1]
         (lowered,) = back({n: covector.get(n, z) for n, z in zeros.items()})
@@ -173,12 +179,13 @@ def frame(state: State, gauges: Sequence[Gauge]) -> Frame:
     - GL block: a root of the Gram matrix, S = mean of columns w wᵀ of the writers, element L with
       S = L Lᵀ. It transforms under the whole of GL(d), S -> C S Cᵀ.
 
-    Fall-backs, in this order: entries that would need the gauge itself (a layer shared between
-    its own units) or a gauge that is still to come are left out; where no writer is left, or they
-    are zero (of deficient rank, for GL), readers take their place, inversely; a unit with nothing
-    but zeros reads 1. A GL block that neither writers nor readers span has a non-compact isotropy
-    group, hence no invariant metric whatsoever: it gets a multiple of the identity, equivariant
-    under rotations and scalings only, and a remark.
+    Fall-backs: entries that would need the gauge itself (a layer shared between its own units) or
+    a gauge that is still to come are left out; where no writer is left, or they are zero (of
+    deficient rank, for GL), readers take their place, inversely; units that neither determines
+    wait for the gauges around them. A unit with nothing but zeros reads 1. A GL block that neither
+    writers nor readers span has a non-compact isotropy group, hence no invariant metric whatsoever:
+    it gets a multiple of the identity, equivariant under rotations and scalings only, and a remark.
+    Where the rank of a writer is within rounding of deficient, so is the frame.
 
     Args:
         state: parameter name to tensor. Norms are taken in fp64.
@@ -214,15 +221,9 @@ def frame(state: State, gauges: Sequence[Gauge]) -> Frame:
             mean = _class_mean(gauge, current)
             back(gauge, mean, -mean)
     multiplicative = [g for g in gauges if isinstance(g, Rescaling | GeneralLinear)]
-    remarks += _same_axis(multiplicative)
-    for scaled, keeps in in_turn(multiplicative, state):
-        if isinstance(scaled, Rescaling):
-            scales, why = _scales(scaled, current, keeps)
-            back(scaled, scales, 1 / scales)
-        else:
-            root, inverse, why = _roots(scaled, current, keeps)
-            back(scaled, root, inverse)
-        remarks += why
+    found, why = _multiplicative(multiplicative, current)
+    steps += found
+    remarks += _same_axis(multiplicative) + why
     others = [g for g in gauges if not any(g is s.gauge for s in steps)]
     if others:
         raise TypeError(f"gauges: no frame for {type(others[0]).__name__} {others[0].name!r}")
@@ -237,7 +238,7 @@ def _class_mean(gauge: ClassShift, state: State) -> Tensor:
     return torch.cat([row, state[gauge.bias].detach().double().mean().reshape(1)])
 
 
-def _same_axis(gauges: Sequence[Rescaling | GeneralLinear]) -> list[str]:
+def _same_axis(gauges: Sequence[Multiplicative]) -> list[str]:
     """GL blocks do not commute with another gauge on the very same entries of an axis."""
     out = []
     for g in gauges:
@@ -252,8 +253,101 @@ def _same_axis(gauges: Sequence[Rescaling | GeneralLinear]) -> list[str]:
     return list(dict.fromkeys(out))
 
 
-def _scales(gauge: Rescaling, state: State, keeps: list[Keep]) -> tuple[Tensor, list[str]]:
-    """φ (h,), fp64."""
+def _multiplicative(
+    gauges: Sequence[Multiplicative], current: dict[str, Tensor]
+) -> tuple[list[Step], list[str]]:
+    """Frame elements of rescalings and GL blocks; ``current`` is moved back by them.
+
+    Units that their own entries do not determine wait until the gauges around them are known; so
+    long they hold the entries they move, as a later gauge does.
+    """
+    steps: list[Step] = []
+    order: list[Multiplicative] = []  # their gauges
+    waiting: dict[int, Tensor] = {}  # step -> (h,) bool, its undetermined units
+
+    def around(i: int) -> list[Hold]:
+        rest = ((j, units) for j, units in waiting.items() if j != i)
+        return [h for j, units in rest for h in holds(steps[j].gauge, current, units)]
+
+    def own(i: int, gauge: Multiplicative) -> list[Keep]:
+        return [kept(s, [*holds(gauge, current), *around(i)]) for s in gauge.slots]
+
+    for gauge, keeps in in_turn(gauges, current):
+        held = around(-1)
+        keeps = [kept(s, held, k) for s, k in zip(gauge.slots, keeps, strict=True)]
+        element, unknown = _determined(gauge, current, keeps)
+        order.append(gauge)
+        steps.append(_stepped(gauge, element, current))
+        if bool(unknown.any()):
+            waiting[len(steps) - 1] = unknown
+    progress = True
+    while waiting and progress:
+        progress = False
+        for i, units in list(waiting.items()):
+            gauge = order[i]
+            element, unknown = _determined(gauge, current, own(i, gauge))
+            if bool((units & ~unknown).any()):
+                element = _restricted(gauge, element, units & ~unknown)
+                moved = _stepped(gauge, element, current)
+                steps[i] = _joined(steps[i], moved)
+                progress = True
+                waiting[i] = units & unknown
+                if not bool(waiting[i].any()):
+                    del waiting[i]
+    remarks = []
+    for i, units in waiting.items():
+        gauge = order[i]
+        if isinstance(gauge, GeneralLinear):
+            number = int(units.sum()) // gauge.shape[1]
+            remarks.append(
+                f"{gauge.name}: neither writers nor readers span {number} of {gauge.shape[0]} "
+                "blocks; equivariant there under rotations and scalings only"
+            )
+            element = _restricted(gauge, _conformal(gauge, current, own(i, gauge)), units)
+            moved = _stepped(gauge, element, current)
+            steps[i] = _joined(steps[i], moved)
+        else:
+            remarks.append(
+                f"{gauge.name}: {int(units.sum())} units have no entry, other than zero, that "
+                "moves with them alone"
+            )
+    return steps, remarks
+
+
+def _stepped(gauge: Multiplicative, element: Tensor, current: dict[str, Tensor]) -> Step:
+    """Move ``current`` back by an element."""
+    inverse = 1 / element if isinstance(gauge, Rescaling) else torch.linalg.inv(element)
+    current.update(gauge._act(current, inverse))
+    return Step(gauge, element, inverse)
+
+
+def _joined(first: Step, second: Step) -> Step:
+    """One step for two of one gauge that lead to the normal form in turn."""
+    return Step(
+        first.gauge,
+        first.gauge.compose(second.element, first.element),
+        first.gauge.compose(first.inverse, second.inverse),
+    )
+
+
+def _restricted(gauge: Multiplicative, element: Tensor, units: Tensor) -> Tensor:
+    """The element on some units, the identity on the others."""
+    if isinstance(gauge, Rescaling):
+        return torch.where(units, element, torch.ones_like(element))
+    chosen = units.reshape(gauge.shape[:2])[:, :1, None]
+    return torch.where(chosen, element, gauge.identity().to(element))
+
+
+def _determined(
+    gauge: Multiplicative, state: State, keeps: Sequence[Keep]
+) -> tuple[Tensor, Tensor]:
+    """(element, (h,) bool of units that the kept entries do not determine, identity there)."""
+    if isinstance(gauge, Rescaling):
+        return _scales(gauge, state, keeps)
+    return _roots(gauge, state, keeps)
+
+
+def _scales(gauge: Rescaling, state: State, keeps: Sequence[Keep]) -> tuple[Tensor, Tensor]:
     device = state[gauge.slots[0].parameter].device
 
     def side(sign: int) -> Tensor:
@@ -270,54 +364,57 @@ def _scales(gauge: Rescaling, state: State, keeps: list[Keep]) -> tuple[Tensor, 
 
     writers, readers = side(1), side(-1)
     from_readers = torch.where(readers > 0, 1 / readers, torch.ones_like(readers))
-    alive = torch.stack([squares(state[s.parameter], s, {}).to(device) for s in gauge.slots]).amax(
-        0
-    )
-    bare = int(((writers == 0) & (readers == 0) & (alive > 0)).sum())
-    why = f"{gauge.name}: {bare} units have no entry, other than zero, that moves with them alone"
-    return torch.where(writers > 0, writers, from_readers), [why] if bare else []
+    every = [squares(state[s.parameter], s, {}).to(device) for s in gauge.slots]
+    unknown = (writers == 0) & (readers == 0) & (torch.stack(every) > 0).any(0)
+    return torch.where(writers > 0, writers, from_readers), unknown
 
 
-def _roots(
-    gauge: GeneralLinear, state: State, keeps: list[Keep]
-) -> tuple[Tensor, Tensor, list[str]]:
-    """L and its inverse, (blocks, d, d), fp64."""
+def _sides(
+    gauge: GeneralLinear, state: State, keeps: Sequence[Keep]
+) -> dict[int, tuple[list[Tensor], int]]:
+    """Writers (1) and readers (−1): (blocks, d, columns) kept entries, and how many columns."""
     device = state[gauge.slots[0].parameter].device
-    d = gauge.shape[1]
-    sides: dict[int, list[Tensor]] = {1: [], -1: []}
-    number = {1: 0, -1: 0}
-    for slot, keep in zip(gauge.slots, keeps, strict=True):
-        if slot.axis in keep and not bool(keep[slot.axis][slot.positions].all()):
-            continue
-        w = state[slot.parameter]
-        sides[slot.exponent].append(blocks(w, slot, keep, gauge.shape).to(device))
-        number[slot.exponent] += int(counts(slot, w.shape, keep)[0])
+    out: dict[int, tuple[list[Tensor], int]] = {1: ([], 1), -1: ([], 1)}
+    for sign in out:
+        columns, number = [], 0
+        for slot, keep in zip(gauge.slots, keeps, strict=True):
+            whole = slot.axis not in keep or bool(keep[slot.axis][slot.positions].all())
+            if slot.exponent == sign and whole:
+                w = state[slot.parameter]
+                columns.append(blocks(w, slot, keep, gauge.shape).to(device))
+                number += int(counts(slot, w.shape, keep)[0])
+        out[sign] = (columns, max(number, 1))
+    return out
+
+
+def _roots(gauge: GeneralLinear, state: State, keeps: Sequence[Keep]) -> tuple[Tensor, Tensor]:
+    sides = _sides(gauge, state, keeps)
     eps = torch.finfo(state[gauge.slots[0].parameter].dtype).eps
-    roots: list[Tensor] = []
-    conformal = 0
+    element = gauge.identity().to(state[gauge.slots[0].parameter].device)
+    unknown = torch.ones(gauge.shape[:2], dtype=torch.bool, device=element.device)
     for b in range(gauge.shape[0]):
-        root = None
-        for sign in (1, -1):
-            columns = [x[b] for x in sides[sign]]
-            if root is None and columns:
-                root = _triangle(torch.cat(columns, 1) / max(number[sign], 1) ** 0.5, eps)
-                if root is not None and sign < 0:
-                    root = torch.linalg.inv(root).mT
-        if root is None:
-            conformal += 1
-            sizes = {
-                s: sum(float(x[b].square().sum()) / d / max(number[s], 1) for x in sides[s]) ** 0.5
-                for s in sides
-            }
-            size = sizes[1] or (1 / sizes[-1] if sizes[-1] else 1.0)
-            root = size * torch.eye(d, dtype=torch.float64, device=device)
-        roots.append(root)
-    out = torch.stack(roots)
-    why = (
-        f"{gauge.name}: neither writers nor readers span {conformal} of {gauge.shape[0]} blocks; "
-        "equivariant there under rotations and scalings only"
-    )
-    return out, torch.linalg.inv(out), [why] if conformal else []
+        for sign, (columns, number) in sides.items():
+            if columns and bool(unknown[b, 0]):
+                root = _triangle(torch.cat([x[b] for x in columns], 1) / number**0.5, eps)
+                if root is not None:
+                    element[b] = root if sign > 0 else torch.linalg.inv(root).mT
+                    unknown[b] = False
+    return element, unknown.reshape(-1)
+
+
+def _conformal(gauge: GeneralLinear, state: State, keeps: Sequence[Keep]) -> Tensor:
+    """The root mean square of writers, or of readers inversely, times the identity."""
+    sides = _sides(gauge, state, keeps)
+    element = gauge.identity().to(state[gauge.slots[0].parameter].device)
+    done = torch.zeros(gauge.shape[0], dtype=torch.bool, device=element.device)
+    for sign, (columns, number) in sides.items():
+        if columns:
+            sizes = torch.cat(columns, 2).square().sum((1, 2)) / (gauge.shape[1] * number)
+            use = (sizes > 0) & ~done
+            scale = torch.where(use, sizes, torch.ones_like(sizes)) ** (sign / 2)
+            element = element * scale[:, None, None]
+            done |= use
+    return element
 
 
 def _triangle(columns: Tensor, eps: float) -> Tensor | None:

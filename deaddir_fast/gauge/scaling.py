@@ -149,15 +149,16 @@ def _stacked(graph: fx.Graph, names: tuple[str, ...]) -> set[str]:
     return found
 
 
-def _spread_choice(node: fx.Node, values: Tensor, run: Flow) -> tuple[Tensor, Tensor]:
+def _spread_choice(run: Flow, node: fx.Node) -> tuple[Tensor, Tensor]:
     """A top-k choice that takes every entry in turn, overlapping from one row to the next.
 
     Which entries are chosen is data. A symmetry has to hold whatever it is, so that following
     the pass for a choice that reaches all of them forgoes nothing and overlooks none.
     """
-    k = operands(node)[1]
+    values, k = run.values[operands(node)[0]], operands(node)[1]
     dim = (operands(node)[2] if len(operands(node)) > 2 else -1) % values.ndim
-    rows, count = values.movedim(dim, -1).flatten(0, -2).shape
+    count = values.shape[dim]
+    rows = max(values.numel() // count, 1)
     start = torch.arange(rows, device=values.device)[:, None]
     chosen = (start + torch.arange(k, device=values.device)) % count
     shape = [s for d, s in enumerate(values.shape) if d != dim]
@@ -171,6 +172,7 @@ def flow(capture: Capture, inputs: Any) -> Flow:
     run = Flow(capture, first_use=_first_uses(capture.graph, capture.names))
     stacked = _stacked(capture.graph, capture.names)
     tensors = iter([*capture.parameters.items(), *((None, x) for x in capture.bind(inputs))])
+    value: Any
     with torch.no_grad():
         for node in capture.graph.nodes:
             if node.op == "placeholder":
@@ -187,7 +189,7 @@ def flow(capture: Capture, inputs: Any) -> Flow:
                     run.units.require_zero(run.scale(arg))
             else:
                 if node.target is aten.topk.default and run.shape(operands(node)[0]):
-                    value = _spread_choice(node, run.values[operands(node)[0]], run)
+                    value = _spread_choice(run, node)
                 else:
                     value = node.target(*run.value(operands(node)), **run.value(node.kwargs))
                 run.values[node] = value
@@ -455,7 +457,7 @@ def _matmul(run: Flow, node: fx.Node) -> Scale:
 def grouped(run: Flow, node: fx.Node) -> Scale:
     """Rows (S, K), in groups of consecutive ones, times the matrix (K, O) of their group."""
     a, b = operands(node)[:2]
-    ends = operands(node)[2] if len(operands(node)) > 2 else node.kwargs.get("offs")
+    ends: Any = operands(node)[2] if len(operands(node)) > 2 else node.kwargs.get("offs")
     given = [*operands(node)[3:], *(v for k, v in node.kwargs.items() if k != "offs")]
     if ends is None or any(x is not None for x in given) or len(run.shape(a)) != 2:
         return _opaque(run, node)

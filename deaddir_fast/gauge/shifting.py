@@ -68,7 +68,8 @@ class _Walk:
     names: dict[fx.Node, str]
     marks: dict[fx.Node, Any] = field(default_factory=dict)
     failed: set[int] = field(default_factory=set)
-    # unit -> {(weight, in axis, out axis, bias, rows): input positions}
+    orders: dict[tuple[int, ...], int] = field(default_factory=dict)  # rows of a bias, numbered
+    # unit -> {(weight, in axis, out axis, bias, number of its rows): input positions}
     readers: dict[int, dict[tuple, list[int]]] = field(default_factory=lambda: defaultdict(dict))
 
     def units_in(self, mark: Any) -> set[int]:
@@ -119,12 +120,13 @@ class _Walk:
             return
         order = np.empty(rows.size, np.int64)
         order[[units.index[v] for v in ids.reshape(-1)]] = [_entry(units, v) for v in rows]
+        number = self.orders.setdefault(tuple(order.tolist()), len(self.orders))
         for unit, column in sorted(mark.pairs):
             known = rows[0] if rows[0] > 0 else column
             weight, axis = units.parameter[known], units.axis[known]
             in_axis = units.axis[column] if column > 0 else 1 - axis
             out_axis = axis if rows[0] > 0 else 1 - axis
-            key = (weight, in_axis, out_axis, name, tuple(order.tolist()))
+            key = (weight, in_axis, out_axis, name, number)
             self.readers[unit].setdefault(key, []).append(_entry(units, column))
 
     def fresh(self, arg: Any) -> _Moved | None:
@@ -161,6 +163,8 @@ def _step(walk: _Walk, node: fx.Node) -> Any:
         return _convolution(walk, node)
     if not marked:
         return None
+    if target is aten.cat.default:
+        return _cat(walk, node)
     mark = walk.marks.get(args[0]) if isinstance(args[0], fx.Node) else None
     if target is operator.getitem and isinstance(mark, list):
         return mark[args[1]]
@@ -227,6 +231,20 @@ def _move(walk: _Walk, node: fx.Node, mark: Any) -> Any:
 
 def _keeps_last(node: fx.Node) -> bool:
     return node.target in (aten.view.default, aten.expand.default, aten._unsafe_view.default)
+
+
+def _cat(walk: _Walk, node: fx.Node) -> _Moved | None:
+    tensors = operands(node)[0]
+    dim = operands(node)[1] if len(operands(node)) > 1 else 0
+    marks = [walk.marks.get(t) for t in tensors]
+    if not all(m is None or isinstance(m, _Moved) for m in marks):
+        walk.fail(*tensors)
+        return None
+    parts = [
+        np.broadcast_to(0 if m is None else m.ids, walk.run.shape(t))
+        for t, m in zip(tensors, marks, strict=True)
+    ]
+    return _Moved(compress(np.concatenate(parts, dim)))
 
 
 def _mean(walk: _Walk, node: fx.Node, mark: _Moved) -> Any:
@@ -399,6 +417,7 @@ def _collect(walk: _Walk) -> list[Translation]:
         key = tuple(sorted((k, len(p)) for k, p in read.items()))
         groups[(units.parameter[unit], key)].append(unit)
     order = list(walk.run.capture.names)
+    orders = [torch.tensor(rows) for rows in walk.orders]
     found = []
     for (source, key), members in groups.items():
         readers = tuple(
@@ -408,10 +427,10 @@ def _collect(walk: _Walk) -> list[Translation]:
                 in_axis,
                 out_axis,
                 torch.tensor([sorted(walk.readers[u][reader_key]) for u in members]),
-                torch.tensor(rows),
+                orders[number],
             )
             for reader_key, _ in key
-            for weight, in_axis, out_axis, bias, rows in [reader_key]
+            for weight, in_axis, out_axis, bias, number in [reader_key]
         )
         moved = sorted({source, *(r.bias for r in readers)}, key=order.index)
         targets = sorted({r.bias for r in readers}, key=order.index) or ["softmax"]

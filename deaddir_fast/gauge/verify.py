@@ -42,16 +42,17 @@ def at_rest(model: nn.Module) -> Iterator[None]:
     Experts of a Hugging Face model run as one grouped matrix product, which can be followed.
     """
     flags = [(m, m.training) for m in model.modules()]
-    experts = {
-        id(c): (c, c._experts_implementation)
-        for m, _ in flags
-        if hasattr(c := getattr(m, "config", None), "_experts_implementation")
-    }
+    configs: dict[int, Any] = {id(c): c for m, _ in flags for c in [getattr(m, "config", None)]}
+    experts = [
+        (c, c._experts_implementation)
+        for c in configs.values()
+        if hasattr(c, "_experts_implementation")
+    ]
     fast = torch.backends.mha.get_fastpath_enabled()
     try:
         for module, _ in flags:
             module.training = False
-        for config, _ in experts.values():
+        for config, _ in experts:
             config._experts_implementation = "grouped_mm"
         torch.backends.mha.set_fastpath_enabled(False)
         with readable_attention():
@@ -60,7 +61,7 @@ def at_rest(model: nn.Module) -> Iterator[None]:
         torch.backends.mha.set_fastpath_enabled(fast)
         for module, training in flags:
             module.training = training
-        for config, implementation in experts.values():
+        for config, implementation in experts:
             config._experts_implementation = implementation
 
 
@@ -141,7 +142,7 @@ class Verifier:
         carries.
         """
         reasons: list[str | None] = [None] * len(gauges)
-        for p, state in enumerate(self._points):
+        for p in range(len(self._points)):
             for categorical in (False, True):
                 chosen = [
                     i
@@ -152,10 +153,9 @@ class Verifier:
                 for i, reason in zip(chosen, found, strict=True):
                     reasons[i] = reason
                 chosen = [i for i in chosen if reasons[i] is None]
-                if chosen:
-                    gradient = self._gradient(state, self._outputs[p], categorical)
-                    for i in chosen:
-                        reasons[i] = self._slope(gauges[i], state, gradient)
+                found = self._slopes(p, [gauges[i] for i in chosen])
+                for i, reason in zip(chosen, found, strict=True):
+                    reasons[i] = reason
         return reasons
 
     def _changes(self, p: int, gauges: Sequence[Gauge]) -> list[str | None]:
@@ -184,6 +184,15 @@ class Verifier:
             *self._changes(p, gauges[:half]),
             *self._changes(p, gauges[half:]),
         ]
+
+    def _slopes(self, p: int, gauges: Sequence[Gauge]) -> list[str | None]:
+        """What random tangents of gauges of one likelihood do to the outputs, if anything."""
+        if not gauges:
+            return []
+        state = self._points[p]
+        categorical = gauges[0].likelihood == "categorical"
+        gradient = self._gradient(state, self._outputs[p], categorical)
+        return [self._slope(g, state, gradient) for g in gauges]
 
     def _slope(self, gauge: Gauge, state: dict[str, Tensor], gradient: _Gradient) -> str | None:
         algebra = torch.randn(gauge.shape, dtype=torch.float64, generator=self._draw)

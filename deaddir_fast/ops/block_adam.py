@@ -130,7 +130,7 @@ def block_adam(
         RuntimeError: a parameter requires grad outside ``torch.no_grad()``.
     """
     dtype = check_step(ws, gs, ms, hyper, seed)
-    check_matrices("vs", vs, ws)
+    check_matrices("vs", vs, ws, dtype)
     for name, value in (("norms", norms), ("inner", inner), ("radial", radial), ("reach", reach)):
         _check.tensor(name, value, ndim=1, dtypes=(dtype,))
         _check.size(name, value, 0, norms.shape[0], "one entry per block")

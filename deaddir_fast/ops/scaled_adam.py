@@ -105,7 +105,7 @@ def scaled_adam(
         RuntimeError: a parameter requires grad outside ``torch.no_grad()``.
     """
     dtype = check_step(ws, gs, ms, hyper, seed)
-    check_matrices("vs", vs, ws)
+    check_matrices("vs", vs, ws, dtype)
     device = hyper.device
     check_vectors("rows", rows, [w.shape[0] for w in ws], dtype, device)
     check_vectors("cols", cols, [w.shape[1] for w in ws], dtype, device)

@@ -35,6 +35,7 @@ def constants(
     layouts: Sequence[Layout],
     parameters: Mapping[str, Tensor],
     shifted: Mapping[str, int],
+    still: Mapping[str, Tensor],
 ) -> Tensor:
     """(gauges,) fp64 on the CPU, in the order of ``frame.order``; collective if sharded.
 
@@ -44,6 +45,7 @@ def constants(
         parameters: name to parameter.
         shifted: {weight of a class shift: its class axis}; their means over classes do not count,
             as a shift would change them.
+        still: {bias: entries that a softmax takes back}, which do not count for the same reason.
     """
     total: Sums = {}
     spread_sums: Sums = {}
@@ -55,6 +57,9 @@ def constants(
         groups += [g for g in over if g not in groups]
         if layout.name in shifted:
             w = w - _class_mean(w, layout, shifted[layout.name], over)
+        if layout.name in still:
+            gone = torch.isin(layout.within(COLS), still[layout.name])
+            w = w.masked_fill(gone.to(w.device), 0)
         into = spread_sums if over else total
         for exponents, value in _sums(frame, w, layout).items():
             into[exponents] = into.get(exponents, 0.0) + value

@@ -101,13 +101,13 @@ def units(gauge: Gauge) -> Units | None:
         return None
     owners, groups = [], []
     for slot, view in zip(gauge.slots, views, strict=True):  # (blocks, copies, size)
-        owner = torch.full((slot.size,), count)
+        unit = torch.full((slot.size,), count)
         group = torch.full((slot.size,), -1)
-        owner[view] = torch.arange(count)[:, None, None].expand_as(view)
+        unit[view] = torch.arange(count)[:, None, None].expand_as(view)
         group[view] = (
             torch.arange(view.shape[0] * view.shape[1]).reshape(count, -1, 1).expand_as(view)
         )
-        owners.append(owner)
+        owners.append(unit)
         groups.append(group)
     return Units(gauge, count, size, gauge.slots, tuple(owners), tuple(groups))
 
@@ -176,7 +176,7 @@ def treat(
         found = units(gauge)
         if problem is not None:
             claims.append(Claim(gauge, NONE, problem))
-        elif isinstance(gauge, ClassShift):
+        elif isinstance(gauge, ClassShift) and gauge.likelihood == "categorical":
             undecayed.update(gauge.parameters)
             shifted[gauge.weight] = gauge.class_axis
             claims.append(Claim(gauge, SHIFT))

@@ -55,6 +55,9 @@ class DDCAdam(Optimizer):
             chain); or a sequence of gauges; an empty one is AdamW.
         params: param groups over the parameters of ``model``; all trainable ones by default.
         inputs: passed to ``deaddir_fast.gauge.find``; needed where none can be made up.
+        likelihood: ``"categorical"`` if the loss is a softmax cross-entropy over the last
+            dimension of the outputs: shifts over classes are then symmetries. ``"gaussian"`` for
+            any other loss.
         maximize: step up the gradient.
         foreach: True runs the plain torch route; the default chooses a kernel.
         fused: True demands compiled kernels and raises where there are none, False avoids them.
@@ -66,9 +69,9 @@ class DDCAdam(Optimizer):
         seed: of stochastic rounding.
 
     A block of weights whose norm is exactly zero has no direction: it is stepped as AdamW would,
-    and trajectories through such points are not promised to agree. Sharded parameters (``fully_shard``,
-    DTensors with Shard or Replicate placements) work, with pairs treated in the frame; find the
-    gauges before sharding and pass them. Gradients of float16 training go through
+    and trajectories through such points are not promised to agree. Sharded parameters
+    (``fully_shard``, DTensors with Shard or Replicate placements) work, with pairs treated in the
+    frame; find the gauges before sharding and pass them. Gradients of float16 training go through
     ``torch.amp.GradScaler`` as usual.
 
     Raises:
@@ -90,6 +93,7 @@ class DDCAdam(Optimizer):
         *,
         params: Iterable[Any] | None = None,
         inputs: Any = None,
+        likelihood: str = "categorical",
         maximize: bool = False,
         foreach: bool | None = None,
         fused: bool | None = None,
@@ -102,6 +106,7 @@ class DDCAdam(Optimizer):
         if foreach and fused:
             raise ValueError("fused: expected False or None where foreach is True, got True")
         _check.integer("seed", seed, 0)
+        _check.choice("likelihood", likelihood, ("categorical", "gaussian"))
         if isinstance(gauges, str):
             _check.choice("gauges", gauges, ("auto", "layerwise"))
         else:
@@ -145,7 +150,9 @@ class DDCAdam(Optimizer):
                     stacklevel=2,
                 )
                 gauges = []
-        self.gauges: tuple[Gauge, ...] = tuple(gauges)
+        self.gauges: tuple[Gauge, ...] = tuple(
+            g for g in gauges if g.likelihood in (None, likelihood)
+        )
         self._ready()
 
     @property

@@ -195,7 +195,7 @@ class Frame:
         for found, slots in members:
             most = torch.zeros(found.count, dtype=torch.long)
             for slot in slots:
-                owner = found.owner[found.slots.index(slot)]
+                owner = found.owner[_number(found, slot)]
                 most = torch.maximum(
                     most, torch.bincount(owner, minlength=found.count)[: found.count]
                 )
@@ -274,7 +274,7 @@ class Frame:
             ws = [matrices[level.reads[r][0]] for r in chosen]
             sides = [level.reads[r][1] for r in chosen]
             work = accumulation(*ws)
-            factor = [None if across[r] is None else across[r].to(work) for r in chosen]
+            factor = [None if (f := across[r]) is None else f.to(work) for r in chosen]
             rows = [f if side == COLS else None for f, side in zip(factor, sides, strict=True)]
             cols = [f if side == ROWS else None for f, side in zip(factor, sides, strict=True)]
             sums = scaled_squares(ws, rows, cols, sides).to(self.dtype)
@@ -363,8 +363,7 @@ def _ordered(units: Sequence[Units]) -> tuple[list[tuple[Units, list[Slot], int]
         if slots:
             least = min(abs(s.exponent) for s in slots)
             slots = [s for s in slots if abs(s.exponent) == least]
-        alone = {s.parameter for s in found.slots if sign * s.exponent < 0}
-        return [s for s in slots if s.parameter not in alone]
+        return [s for s in slots if not _enters(found, s, found)]
 
     def take(found: Units, slots: list[Slot]) -> None:
         below = [ready[id(o)] for s in slots for o in others(s, found)]
@@ -400,11 +399,15 @@ def _ordered(units: Sequence[Units]) -> tuple[list[tuple[Units, list[Slot], int]
 
 
 def _enters(other: Units, slot: Slot, found: Units) -> bool:
-    """Whether another gauge scales what a slot of ``found`` holds at its units."""
-    mine = found.owner[found.slots.index(slot)] < found.count
+    """Whether a gauge scales, by another slot, what a slot of ``found`` holds at its units."""
+    mine = found.owner[_number(found, slot)] < found.count
     for there, owner in zip(other.slots, other.owner, strict=True):
-        if there.parameter != slot.parameter:
+        if there is slot or there.parameter != slot.parameter:
             continue
         if there.axes != slot.axes or bool((mine & (owner < other.count)).any()):
             return True
     return False
+
+
+def _number(found: Units, slot: Slot) -> int:
+    return next(n for n, s in enumerate(found.slots) if s is slot)

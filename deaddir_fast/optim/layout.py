@@ -19,7 +19,7 @@ COLS = 1
 def local(t: Tensor) -> Tensor:
     """The part of a tensor that this process holds, without its history."""
     t = t.detach()
-    return t.to_local() if spread(t) else t  # type: ignore[attr-defined, no-any-return]
+    return t.to_local() if spread(t) else t  # type: ignore[attr-defined]
 
 
 @dataclass(frozen=True)
@@ -165,7 +165,7 @@ def _order(part: Tensor) -> tuple[int, ...]:
     order = tuple(range(part.ndim))
     if part.is_contiguous():
         return order
-    slowest = tuple(sorted(order, key=lambda a: (-part.stride(a), a)))
+    slowest = tuple(sorted(order, key=lambda a: (-part.stride()[a], a)))
     return slowest if part.permute(slowest).is_contiguous() else order
 
 

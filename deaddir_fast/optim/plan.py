@@ -60,6 +60,8 @@ class Plan:
         parts: frames, one per device.
         blocks: pairs and chains; their parameters take no other step.
         claims: as treated, after what could not be ordered.
+        undecayed, shifted, still: as in the treatment.
+        in_blocks: names of the parameters of blocks.
     """
 
     entries: dict[str, list[Entry]]
@@ -68,6 +70,7 @@ class Plan:
     claims: tuple[Claim, ...]
     undecayed: frozenset[str]
     shifted: Mapping[str, int]
+    still: Mapping[str, Tensor]
     in_blocks: frozenset[str] = field(default_factory=frozenset)
 
 
@@ -115,6 +118,7 @@ def make(treatment: Treatment, parameters: Mapping[str, Tensor], stepped: Sequen
         claims,
         treatment.undecayed,
         treatment.shifted,
+        treatment.still,
         frozenset(n for b in in_pairs + in_chains for n in b.names),
     )
 

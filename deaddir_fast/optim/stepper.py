@@ -182,7 +182,12 @@ class Stepper:
             frame.order
         ):
             kept["frame_constants"] = constants(
-                frame, values, part.layouts, self._parameters, self.plan.shifted
+                frame,
+                values,
+                part.layouts,
+                self._parameters,
+                self.plan.shifted,
+                self.plan.still,
             ).to(frame.device)
         each = torch.tensor([f.count for f in frame.order], device=frame.device)
         per_unit = kept["frame_constants"].repeat_interleave(each, output_size=frame.total)

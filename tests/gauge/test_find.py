@@ -19,6 +19,7 @@ from gauge.models import (
     Attention,
     Gated,
     Residual,
+    Rotary,
     Shared,
     TiedHead,
     TwoReaders,
@@ -231,6 +232,39 @@ CASES: dict[str, tuple[Any, Any, set[tuple[str, str, int]]]] = {
             ("class shift: mha.out_proj", "R^7", 7),
         },
     ),
+    "rotary attention": (
+        Rotary,
+        torch.randn(3, 5, 6),
+        {
+            ("complex rescaling: q -> k", "(C^*)^2", 4),
+            ("general linear: v -> o", "GL(4)", 16),
+            ("translation: v.bias -> o.bias", "R^4", 4),
+            ("class shift: o", "R^9", 9),
+        },
+    ),
+    # Two of four units turn; of the others the key bias is invisible.
+    "partly rotary attention": (
+        lambda: Rotary(rotary=2, neighbours=True),
+        torch.randn(3, 5, 6),
+        {
+            ("complex rescaling: q -> k", "(C^*)^1", 2),
+            ("general linear: q -> k", "GL(2)", 4),
+            ("general linear: v -> o", "GL(4)", 16),
+            ("translation: k.bias -> softmax", "R^2", 2),
+            ("translation: v.bias -> o.bias", "R^4", 4),
+            ("class shift: o", "R^9", 9),
+        },
+    ),
+    # No complex number commutes with these but the real ones.
+    "boosted pairs": (
+        lambda: Boosted(bias=False),
+        torch.randn(3, 5, 6),
+        {
+            ("rescaling: q -> k", "(R^*)^2", 2),
+            ("general linear: v -> o", "GL(4)", 16),
+            ("class shift: o", "R^8", 8),
+        },
+    ),
     "attention without biases": (
         lambda: Attention(bias=False),
         None,
@@ -241,6 +275,15 @@ CASES: dict[str, tuple[Any, Any, set[tuple[str, str, int]]]] = {
         },
     ),
 }
+
+
+class Boosted(Rotary):
+    """Pairs (c x + s y, s x + c y): split-complex numbers rather than complex ones."""
+
+    def turn(self, x: torch.Tensor) -> torch.Tensor:
+        angles = torch.arange(x.shape[-2], dtype=x.dtype)[:, None] * torch.tensor([0.3, 0.2])
+        cos, sin = (torch.cat([f(angles)] * 2, -1) for f in (torch.cos, torch.sin))
+        return x * cos + x.roll(2, -1) * sin
 
 
 class Square(nn.Module):
