@@ -166,6 +166,7 @@ PROBLEMS = {
 }
 
 
+@cache  # one object, whose gauges are found once
 def quick(problem: Problem) -> Problem:
     """The same problem with a tiny network and few steps, to see that everything runs."""
     build: dict[str, Callable[[], nn.Module]] = {
