@@ -155,6 +155,31 @@ def test_a_moved_start_is_another_point_of_the_same_function(name):
     assert far > 0.3
 
 
+def test_in_fp64_ddcadam_follows_a_moved_start_and_adamw_does_not():
+    problem = PROBLEMS["conv"]
+    x, _ = problem.data().fixed(False, 100)
+
+    def gap(optimizer):
+        here, there = problem.model(0).double(), problem.model(0).double()
+        state = {k: v.detach() for k, v in here.named_parameters()}
+        generator = torch.Generator().manual_seed(1)
+        for gauge in problem.gauges():
+            if gauge.name.startswith("rescaling"):
+                state = gauge.act(state, gauge.random_element(generator))
+        there.load_state_dict(state)
+        for model in (here, there):
+            optimizers = RECIPES[optimizer].make(model, 0.01, problem.gauges())
+            for step in range(100):
+                images, labels = problem.sample(0, step)
+                run.take_step(problem, model, optimizers, (images.double(), labels))
+        with torch.no_grad():
+            a, b = here(x.double()), there(x.double())
+        return float((a - b).abs().max() / a.abs().max())
+
+    assert gap("DDCAdam") < 1e-12
+    assert gap("AdamW") > 1e-3
+
+
 def _double(x):
     return x.double() if x.is_floating_point() else x
 
