@@ -55,7 +55,8 @@ def hyper(
     if device is None:
         device = step.device if isinstance(step, Tensor) else torch.device("cpu")
     t = torch.as_tensor(step, device=device).to(torch.float64)
-    rate = torch.as_tensor(lr, device=device).to(torch.float64)
+    # A number is filled in, not copied to the device: a graph may be under capture.
+    rate = lr.to(t).reshape(()) if isinstance(lr, Tensor) else torch.full_like(t, lr)
     rest = [torch.full_like(t, x) for x in (*betas, eps, weight_decay)]
     return torch.stack([rate, *rest, 1 - rest[0] ** t, 1 - rest[1] ** t, t])
 

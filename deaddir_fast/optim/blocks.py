@@ -19,6 +19,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 
 import torch
 from torch import Tensor
@@ -111,6 +112,17 @@ def zero_sum_modes(length: int) -> Tensor:
     return math.sqrt(2 / length) * torch.cos(math.pi / length * k * b)
 
 
+# Kept, because a graph under capture can copy nothing from the host.
+@lru_cache
+def _on_device(numbers: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
+    return torch.tensor(numbers, dtype=dtype, device=device)
+
+
+@lru_cache
+def _basis(length: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    return zero_sum_modes(length).to(device, dtype)
+
+
 def step(
     blocks: Blocks,
     where: Sequence[Tensor],
@@ -149,9 +161,9 @@ def step(
     radial = _scalar_adam(total, *radial_state, hyper)[:, None].expand(-1, length)
     radial = radial / math.sqrt(length)
     if vertical_state is not None:
-        basis = zero_sum_modes(length).to(modes)
+        basis = _basis(length, modes.dtype, modes.device)
         radial = radial + _scalar_adam(modes @ basis.T, *vertical_state, hyper) @ basis
-    breadth = torch.tensor(blocks.breadth, dtype=sums.dtype, device=sums.device)
+    breadth = _on_device(blocks.breadth, sums.dtype, sums.device)
     reach = norms.reshape(blocks.units, length) / breadth.sqrt()
     block_adam(
         ws,
