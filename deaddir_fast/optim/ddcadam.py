@@ -288,7 +288,12 @@ class DDCAdam(Optimizer):
         counts as zero once another one is there. Under ``torch.compile`` the step runs outside of
         graphs, with the same kernels.
         """
-        self._accelerator_graph_capture_health_check()
+        if torch.cuda.is_available() and torch.cuda.is_current_stream_capturing():
+            for group in self.param_groups:
+                if not group["capturable"]:
+                    raise _check.fail(
+                        "capturable", False, "True where a step is captured in a graph"
+                    )
         loss = None
         if closure is not None:
             with torch.enable_grad():
@@ -315,7 +320,7 @@ class DDCAdam(Optimizer):
         return nullcontext()
 
 
-@torch._disable_dynamo  # type: ignore[untyped-decorator]
+@torch._disable_dynamo
 def _outside_graphs(take: Callable[[], None]) -> None:
     """Run what torch.compile would break into pieces: it asks for addresses and reuses memory.
 

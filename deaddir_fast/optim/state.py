@@ -103,7 +103,7 @@ def restored(
     out: dict[str, Any] = {}
     model = new_state(p, form, capturable=capturable) if "step" in saved else {}
     for key, value in saved.items():
-        known = model.get(key)
+        known: Any = model.get(key)
         if isinstance(value, Tensor) and known is None:
             out[key] = value.detach().to(p.device, copy=True)
         elif isinstance(value, Tensor):
