@@ -26,8 +26,9 @@ class DDCAdam(Optimizer):
 
     From gauge equivalent starts, theta and h theta, the trajectories stay gauge equivalent for
     every symmetry in ``claims`` that is claimed; AdamW's drift apart. Moments are taken of
-    quantities that no symmetry changes, so the state needs no transport. Parameters in no gauge
-    get AdamW's step with the same betas, eps, bias correction and decoupled decay.
+    quantities that no positive scale changes, so the state needs no transport along these
+    (rotations and changes of sign turn first moments along with the weights). Parameters in no
+    gauge get AdamW's step with the same betas, eps, bias correction and decoupled decay.
 
     How each kind of symmetry is treated (``deaddir_fast.optim.claims``):
 
@@ -107,10 +108,11 @@ class DDCAdam(Optimizer):
         if isinstance(gauges, str):
             _check.choice("gauges", gauges, ("auto", "layerwise"))
         else:
-            gauges = list(gauges)
-            for gauge in gauges:
+            given = list(gauges) if isinstance(gauges, Iterable) else [gauges]
+            for gauge in given:
                 if not isinstance(gauge, Gauge):
                     raise _check.fail("gauges", gauge, "'auto', 'layerwise' or Gauges", TypeError)
+            gauges = given
         self._known: dict[str, Tensor] = {}
         self.gauges: tuple[Gauge, ...] = ()
         if isinstance(model, nn.Module):
@@ -238,7 +240,7 @@ class DDCAdam(Optimizer):
         """Restore a state; moments keep their own dtype, whatever that of the parameters.
 
         Load the parameters of that moment as well: the moments belong to them, or to any point
-        that claimed symmetries move them to. A state of ``torch.optim.AdamW`` fits where no
+        that positive scales of claimed gauges move them to. A state of ``torch.optim.AdamW`` fits where no
         gauge is general linear; its moments are then taken as they are. Constants of a frame
         that are not in the state are made anew at the next step.
 

@@ -201,7 +201,8 @@ def test_heads_share_second_moments_in_the_state() -> None:
 def moved(model: nn.Module, gauges: Any, generator: torch.Generator) -> dict[str, Tensor]:
     state = {n: p.detach() for n, p in model.named_parameters()}
     for gauge in gauges:
-        state = {**state, **gauge.act(state, gauge.random_element(generator))}
+        # Positive: a change of sign turns moments along with the weights.
+        state = {**state, **gauge.act(state, gauge.random_element(generator).abs())}
     return state
 
 
