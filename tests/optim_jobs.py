@@ -7,6 +7,7 @@ and its like say there are.
 from __future__ import annotations
 
 import copy
+import itertools
 import json
 import os
 import sys
@@ -61,7 +62,7 @@ class Experts(nn.Module):
 def mlp(*sizes: int) -> nn.Sequential:
     """ReLU between linear maps."""
     layers: list[nn.Module] = []
-    for a, b in zip(sizes, sizes[1:], strict=False):
+    for a, b in itertools.pairwise(sizes):
         layers += [nn.Linear(a, b), nn.ReLU()]
     return nn.Sequential(*layers[:-1])
 

@@ -19,10 +19,11 @@ def job(model: str, how: str, **more: Any) -> dict[str, Any]:
 
 
 def run(jobs: list[dict[str, Any]], processes: int = 2) -> None:
-    for code, text in launch(jobs, processes, timeout=150, program=PROGRAM):
+    for code, text in launch(jobs, processes, timeout=300, program=PROGRAM):
         assert code == 0, text
 
 
+@pytest.mark.slow
 def test_fully_sharded() -> None:
     run([job("mlp", "fully_shard")])
 
@@ -53,9 +54,17 @@ def test_more_processes_than_rows() -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("options", [{"likelihood": "gaussian"}, {"gauges_of": "none"}])
-def test_options(options: dict[str, Any]) -> None:
-    run([job("mlp", "mixed", dtype="float32", steps=6)])
+def test_options() -> None:
+    """Fp32; the plain route; device step counts; up the gradient; without decay."""
+    rounded = {"dtype": "float32", "steps": 6}
+    run(
+        [
+            job("mlp", "mixed", **rounded),
+            job("heads", "mixed", **rounded, options={"fused": False}),
+            job("heads", "shard 0", options={"capturable": True, "maximize": True}, steps=6),
+            job("mlp", "mixed", options={"weight_decay": 0.0}),
+        ]
+    )
 
 
 @pytest.mark.slow
