@@ -27,10 +27,11 @@ F64 = torch.float64
 
 
 class Heads(nn.Module):
-    """Two heads of three, normalised, and an MLP: every kind of gauge with a scale."""
+    """Six units in heads, normalised, and an MLP: every kind of gauge with a scale."""
 
-    def __init__(self) -> None:
+    def __init__(self, heads: int) -> None:
         super().__init__()
+        self.heads = heads
         self.norm = nn.RMSNorm(6)
         self.q, self.k, self.v = (nn.Linear(6, 6) for _ in range(3))
         self.out = nn.Linear(6, 6, bias=False)
@@ -38,7 +39,9 @@ class Heads(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         h = self.norm(x)
-        q, k, v = (f(h).unflatten(-1, (2, 3)).transpose(1, 2) for f in (self.q, self.k, self.v))
+        q, k, v = (
+            f(h).unflatten(-1, (self.heads, -1)).transpose(1, 2) for f in (self.q, self.k, self.v)
+        )
         h = ((q @ k.mT / 3**0.5).softmax(-1) @ v).transpose(1, 2).flatten(2)
         x = x + self.out(h)
         return self.down(torch.relu(self.up(x)))
@@ -78,7 +81,8 @@ MODELS: dict[str, tuple[Any, tuple[int, ...]]] = {
     # Odd sizes; a last layer of one row, of which one process holds nothing.
     "mlp": (lambda: mlp(6, 7, 5, 1), (8, 6)),
     "pair": (lambda: mlp(6, 7, 3), (8, 6)),
-    "heads": (Heads, (4, 5, 6)),
+    "two heads": (lambda: Heads(2), (4, 5, 6)),  # two processes have one each
+    "three heads": (lambda: Heads(3), (4, 5, 6)),  # one is split
     "experts": (Experts, (8, 6)),
     "one expert": (lambda: Experts(1), (8, 6)),
     "filters": (filters, (4, 2, 5, 5)),
@@ -147,7 +151,7 @@ def give_gradients(
     model: nn.Module, x: Tensor, parameters: Sequence[tuple[str, nn.Parameter]]
 ) -> None:
     """Gradients of the whole model at the gathered parameters, spread again."""
-    from torch.distributed.tensor import distribute_tensor
+    from torch.distributed.tensor import Replicate, distribute_tensor
 
     whole = dict(model.named_parameters())
     with torch.no_grad():
@@ -155,9 +159,12 @@ def give_gradients(
             whole[name].copy_(p.full_tensor())  # type: ignore[attr-defined]
     model.zero_grad()
     loss_of(model, x).backward()
-    for name, p in parameters:
+    for n, (name, p) in enumerate(parameters):
         given: Any = p
-        p.grad = distribute_tensor(whole[name].grad, given.device_mesh, given.placements)  # type: ignore[arg-type]
+        mesh, placed = given.device_mesh, given.placements
+        if n % 3 == 0:  # gradients may come in other placements
+            placed = [Replicate()] * mesh.ndim
+        p.grad = distribute_tensor(whole[name].grad, mesh, placed)  # type: ignore[arg-type]
 
 
 def train(model: nn.Module, opt: DDCAdam, x: Tensor, steps: int) -> None:
@@ -197,8 +204,12 @@ def run_job(job: dict[str, Any]) -> None:
     Args:
         job: "model" (of :data:`MODELS`), "how" ("fully_shard", "fully_shard per layer", "shard 0",
             "shard 1", "replicate", "mixed", "mesh"), "dtype", "steps", "options", "bound";
-            "checkpoint": go on from a state that went through torch.distributed.checkpoint.
+            "checkpoint": go on from a state that went through torch.distributed.checkpoint;
+            "rounding": compare nothing but the copies of bf16 parameters on the processes.
     """
+    if job.get("rounding"):
+        same_copies(job)
+        return
     dtype = getattr(torch, job.get("dtype", "float64"))
     steps = job.get("steps", 12)
     options = {"lr": 0.02, "weight_decay": 0.1, **job.get("options", {})}
@@ -230,6 +241,27 @@ def run_job(job: dict[str, Any]) -> None:
     same_state(parameters, opt, whole, reference, job["bound"])
     print(f"{job['model']}, {job['how']}: {found:.1e}", flush=True)
     assert found <= job["bound"], (job, found)
+
+
+def same_copies(job: dict[str, Any]) -> None:
+    """Replicated parameters stay the same to the bit where rounding is random."""
+    model, x, gauges = made(job["model"], torch.bfloat16)
+    start = copy.deepcopy(model)
+    parameters = spread(model, job["how"])
+    opt = DDCAdam(parameters, lr=1e-4, gauges=gauges, stochastic_rounding=True)
+    for _ in range(4):
+        give_gradients(model, x, parameters)
+        opt.step()
+    found = 0
+    for (name, p), before in zip(parameters, start.parameters(), strict=True):
+        given: Any = p
+        if all(placement.is_replicate() for placement in given.placements):
+            mine = given.to_local().detach().float()
+            copies = [torch.empty_like(mine) for _ in range(torch.distributed.get_world_size())]
+            torch.distributed.all_gather(copies, mine)
+            assert all(torch.equal(c, mine) for c in copies), name
+            found += int((mine != before.detach().float()).sum())
+    assert found > 5, found
 
 
 def same_state(

@@ -64,7 +64,8 @@ class DDCAdam(Optimizer):
         foreach: True runs the plain torch route; the default chooses a kernel.
         fused: True demands compiled kernels and raises where there are none, False avoids them.
         capturable: keep step counts on the device, so that a step can be captured in a CUDA graph
-            after the first one.
+            after the first one, on the same gradient tensors (``zero_grad(set_to_none=False)``).
+            A rate that replays are to follow has to be a tensor on the device.
         vertical: let the pair and chain steps move along the gauge modes as well. Their gradient
             is zero up to rounding, which Adam amplifies: for comparison only.
         stochastic_rounding: round bf16 parameters stochastically; their state is fp32 anyway.
@@ -240,9 +241,9 @@ class DDCAdam(Optimizer):
         """Restore a state; moments keep their own dtype, whatever that of the parameters.
 
         Load the parameters of that moment as well: the moments belong to them, or to any point
-        that positive scales of claimed gauges move them to. A state of ``torch.optim.AdamW`` fits where no
-        gauge is general linear; its moments are then taken as they are. Constants of a frame
-        that are not in the state are made anew at the next step.
+        that positive scales of claimed gauges move them to. A state of ``torch.optim.AdamW`` fits
+        where no gauge is general linear; its moments are then taken as they are. Constants of a
+        frame that are not in the state are made anew at the next step.
 
         Raises:
             ValueError: the state of other parameters or of other gauges.

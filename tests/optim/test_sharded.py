@@ -30,26 +30,27 @@ def test_fully_sharded() -> None:
 
 @pytest.mark.slow
 def test_fully_sharded_models() -> None:
-    models = ("mlp", "pair", "heads", "experts", "filters")
+    models = ("mlp", "pair", "two heads", "three heads", "experts", "filters")
     run([job(m, how) for m in models for how in ("fully_shard", "fully_shard per layer")])
 
 
 @pytest.mark.slow
 def test_distributed_tensors() -> None:
     """Any placement, all of a kind and mixed; the reader of some gauges whole, of others split."""
-    models = ("mlp", "pair", "heads", "experts", "one expert", "filters")
+    models = ("mlp", "pair", "two heads", "three heads", "experts", "one expert", "filters")
     hows = ("shard 0", "shard 1", "replicate", "mixed")
     run([job(m, how) for m in models for how in hows])
 
 
 @pytest.mark.slow
 def test_meshes_of_two_dimensions() -> None:
-    run([job(m, "mesh") for m in ("mlp", "heads", "experts", "filters")], processes=4)
+    models = ("mlp", "two heads", "three heads", "experts", "filters")
+    run([job(m, "mesh") for m in models], processes=4)
 
 
 @pytest.mark.slow
 def test_more_processes_than_rows() -> None:
-    models = ("mlp", "heads", "experts")
+    models = ("mlp", "two heads", "experts")
     run([job(m, "shard 0", steps=6) for m in models], processes=3)
 
 
@@ -60,8 +61,8 @@ def test_options() -> None:
     run(
         [
             job("mlp", "mixed", **rounded),
-            job("heads", "mixed", **rounded, options={"fused": False}),
-            job("heads", "shard 0", options={"capturable": True, "maximize": True}, steps=6),
+            job("three heads", "mixed", **rounded, options={"fused": False}),
+            job("three heads", "shard 0", options={"capturable": True, "maximize": True}, steps=6),
             job("mlp", "mixed", options={"weight_decay": 0.0}),
         ]
     )
@@ -70,4 +71,10 @@ def test_options() -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", ["full", "sharded"])
 def test_states_go_through_distributed_checkpoints(kind: str) -> None:
-    run([job(m, "fully_shard", checkpoint=kind) for m in ("mlp", "heads", "experts")])
+    run([job(m, "fully_shard", checkpoint=kind) for m in ("mlp", "three heads", "experts")])
+
+
+@pytest.mark.slow
+def test_copies_round_alike() -> None:
+    """Also where the processes hold different numbers of experts."""
+    run([job(m, "mixed", rounding=True) for m in ("experts", "one expert", "three heads")])
