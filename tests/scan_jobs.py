@@ -207,9 +207,13 @@ def run_job(job: dict[str, Any]) -> None:
 
 
 def launch(
-    jobs: list[dict[str, Any]], processes: int, *, timeout: float = 240
+    jobs: list[dict[str, Any]],
+    processes: int,
+    *,
+    timeout: float = 240,
+    program: str | Path = __file__,
 ) -> list[tuple[int, str]]:
-    """Run jobs in several processes; (exit code, output) of each."""
+    """Run jobs in several processes of a program; (exit code, output) of each."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
@@ -227,7 +231,7 @@ def launch(
         }
         running.append(
             subprocess.Popen(
-                [sys.executable, __file__, json.dumps(jobs)],
+                [sys.executable, str(program), json.dumps(jobs)],
                 env=environment,
                 stdout=subprocess.PIPE,
                 stderr=subprocess.STDOUT,

@@ -54,15 +54,10 @@ def hyper(
         )
     if device is None:
         device = step.device if isinstance(step, Tensor) else torch.device("cpu")
-
-    def number(x: float | Tensor) -> Tensor:
-        # Filled in, not copied over: a graph that is being captured allows no copy from the host.
-        if isinstance(x, Tensor):
-            return x.detach().reshape(()).to(device, torch.float64)
-        return torch.full((), x, dtype=torch.float64, device=device)
-
-    t, rate = number(step), number(lr)
-    rest = [number(x) for x in (*betas, eps, weight_decay)]
+    t = torch.as_tensor(step, device=device).to(torch.float64)
+    # A number is filled in, not copied to the device: a graph may be under capture.
+    rate = lr.to(t).reshape(()) if isinstance(lr, Tensor) else torch.full_like(t, lr)
+    rest = [torch.full_like(t, x) for x in (*betas, eps, weight_decay)]
     return torch.stack([rate, *rest, 1 - rest[0] ** t, 1 - rest[1] ** t, t])
 
 

@@ -48,30 +48,35 @@ def constants(
         still: {bias: entries that a softmax takes back}, which do not count for the same reason.
     """
     total: Sums = {}
-    spread_sums: Sums = {}
-    groups: list[Any] = []
+    # All processes go through the same groups, whatever they hold of a parameter.
+    parts: dict[tuple[Any, ...], Sums] = {}
+    for name in dict.fromkeys(s.parameter for f in frame.order for s in f.slots):
+        if over := tuple(shard_groups(parameters[name])):
+            parts.setdefault(over, {})
     for n, row, col in frame.factors(frame.scales(matrices)):
         layout = layouts[n]
         w = _in_frame(matrices[n], row, col)
-        over = shard_groups(parameters[layout.name])
-        groups += [g for g in over if g not in groups]
+        over = tuple(shard_groups(parameters[layout.name]))
         if layout.name in shifted:
-            w = w - _class_mean(w, layout, shifted[layout.name], over)
+            axis = shifted[layout.name]
+            summed = shard_groups(parameters[layout.name], (axis,))
+            w = w - _class_mean(w, layout, axis, summed)
         if layout.name in still:
             gone = torch.isin(layout.within(COLS), still[layout.name])
             w = w.masked_fill(gone.to(w.device), 0)
-        into = spread_sums if over else total
+        into = parts[over] if over else total
         for exponents, value in _sums(frame, w, layout).items():
             into[exponents] = into.get(exponents, 0.0) + value
-    for group in groups:
-        gathered: list[Sums] = [{}] * torch.distributed.get_world_size(group)
-        torch.distributed.all_gather_object(gathered, spread_sums, group=group)
-        spread_sums = {}
-        for part in gathered:
-            for exponents, value in part.items():
-                spread_sums[exponents] = spread_sums.get(exponents, 0.0) + value
-    for exponents, value in spread_sums.items():
-        total[exponents] = total.get(exponents, 0.0) + value
+    for over, sums in parts.items():
+        for group in over:
+            gathered: list[Sums] = [{}] * torch.distributed.get_world_size(group)
+            torch.distributed.all_gather_object(gathered, sums, group=group)
+            sums = {}
+            for part in gathered:
+                for exponents, value in part.items():
+                    sums[exponents] = sums.get(exponents, 0.0) + value
+        for exponents, value in sums.items():
+            total[exponents] = total.get(exponents, 0.0) + value
     return torch.from_numpy(np.exp(balanced(total, _written_by_matrices(frame, parameters))))
 
 
@@ -88,9 +93,8 @@ def _class_mean(w: Tensor, layout: Layout, axis: int, groups: Sequence[Any]) -> 
     """Mean over classes, for classes along rows or columns of a plain matrix."""
     dim = ROWS if layout.order[0] == axis else COLS
     sums = w.sum(dim, keepdim=True)
-    if layout.held[axis] < layout.shape[axis]:
-        for group in groups:
-            torch.distributed.all_reduce(sums, group=group)
+    for group in groups:
+        torch.distributed.all_reduce(sums, group=group)
     return sums / layout.shape[axis]
 
 

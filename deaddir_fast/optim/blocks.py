@@ -19,12 +19,12 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 
 import torch
 from torch import Tensor
 
 from deaddir_fast.ops._adam import direction, scalars
-from deaddir_fast.ops._blocks import accumulation
 from deaddir_fast.ops.block_adam import block_adam
 from deaddir_fast.ops.block_products import block_products
 from deaddir_fast.optim.claims import Chain, Units
@@ -112,35 +112,20 @@ def zero_sum_modes(length: int) -> Tensor:
     return math.sqrt(2 / length) * torch.cos(math.pi / length * k * b)
 
 
-@dataclass(frozen=True)
-class OnDevice:
-    """What the step reads besides the weights, on their device.
+# Kept, because a graph under capture can copy nothing from the host.
+@lru_cache
+def _on_device(numbers: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
+    return torch.tensor(numbers, dtype=dtype, device=device)
 
-    Attributes:
-        where: per matrix the block of every row or column.
-        roots: (L,) square root of the breadth of every block.
-        modes: (L - 1, L) the zero-sum modes.
-    """
 
-    where: list[Tensor]
-    roots: Tensor
-    modes: Tensor
-
-    @classmethod
-    def of(cls, blocks: Blocks, like: Tensor) -> OnDevice:
-        """Copies on the device of a tensor, in the dtype of its state."""
-        dtype = accumulation(like)
-        breadth = torch.tensor(blocks.breadth, dtype=dtype)
-        return cls(
-            [b.to(like.device) for b in blocks.blocks],
-            breadth.sqrt().to(like.device),
-            zero_sum_modes(blocks.length).to(like.device, dtype),
-        )
+@lru_cache
+def _basis(length: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    return zero_sum_modes(length).to(device, dtype)
 
 
 def step(
     blocks: Blocks,
-    constants: OnDevice,
+    where: Sequence[Tensor],
     ws: Sequence[Tensor],
     gs: Sequence[Tensor],
     ms: Sequence[Tensor],
@@ -156,7 +141,7 @@ def step(
 
     Args:
         blocks: the units.
-        constants: of the blocks, on the device of the parameters.
+        where: ``blocks.blocks`` on the device of the parameters.
         ws, gs, ms, vs: matrices of the layouts: parameters, gradients, moments.
         radial_state: (units,) moments of the radial gradient.
         vertical_state: (units, L - 1) moments of the gauge modes, or None to leave them alone.
@@ -167,7 +152,7 @@ def step(
         a layer's output against its input.
     """
     length = blocks.length
-    sums = block_products(ws, gs, constants.where, blocks.dims, blocks.units * length)
+    sums = block_products(ws, gs, where, blocks.dims, blocks.units * length)
     h = scalars(hyper, sums.dtype)
     norms = h.keep.abs() * sums[0].sqrt()
     inner = h.keep * (-sums[1] if maximize else sums[1])
@@ -176,15 +161,16 @@ def step(
     radial = _scalar_adam(total, *radial_state, hyper)[:, None].expand(-1, length)
     radial = radial / math.sqrt(length)
     if vertical_state is not None:
-        basis = constants.modes
+        basis = _basis(length, modes.dtype, modes.device)
         radial = radial + _scalar_adam(modes @ basis.T, *vertical_state, hyper) @ basis
-    reach = norms.reshape(blocks.units, length) / constants.roots
+    breadth = _on_device(blocks.breadth, sums.dtype, sums.device)
+    reach = norms.reshape(blocks.units, length) / breadth.sqrt()
     block_adam(
         ws,
         gs,
         ms,
         vs,
-        constants.where,
+        where,
         blocks.dims,
         norms,
         inner,

@@ -161,7 +161,7 @@ def treat(
         gauges: as returned by ``deaddir_fast.gauge.find``.
         parameters: name to parameter, trainable or not.
         owners: param group of every parameter the optimizer steps; pairs and chains need theirs
-            in one group.
+            in one group, of one dtype, none of them frozen.
         layerwise: one scale per hidden layer instead of one per unit.
     """
     claims: list[Claim] = []
@@ -290,7 +290,8 @@ def _is_pair(
         and {s.exponent for s in found.slots} == {1, -1}
         and not any(s.outer for s in found.slots)
         and all(bool((o < found.count).all()) for o in found.owner)
-        and not any(spread(parameters[n]) for n in names)
+        and not any(spread(parameters[n]) or not parameters[n].requires_grad for n in names)
+        and len({parameters[n].dtype for n in names}) == 1
         and _one_group(names, owners)
     )
 
@@ -323,8 +324,13 @@ def _chains(
             weights.append(after)
             biases.append(bias)
         expected = [1, *([2] * (len(weights) - 2)), 1]
+        names = [*weights, *(b for b in biases if b is not None)]
         alone = all(met[b] == 1 for b in biases if b is not None)
-        together = _one_group([*weights, *(b for b in biases if b is not None)], owners)
+        together = (
+            _one_group(names, owners)
+            and all(parameters[n].requires_grad for n in names)
+            and len({parameters[n].dtype for n in names}) == 1
+        )
         if alone and together and [met[w] for w in weights] == expected:
             chains.append(Chain(tuple(weights), tuple(biases)))
     return chains

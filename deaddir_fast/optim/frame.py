@@ -61,24 +61,28 @@ class _Table:
         self._index = torch.cat(columns, 1).to(device) if columns else empty.to(device)
         self._exponents = exponents
         self._depth = depth
-        self._out: list[Tensor] = []
+        self._kept: Tensor | None = None
 
-    def factors(self, scales: Tensor) -> list[Tensor]:
+    def factors(self, scales: Tensor, *, keep: bool = False) -> list[Tensor]:
         """The vectors, for the scales of all units with a 1 behind them.
 
-        Always the same memory: kernels keep tables of addresses, and a captured graph needs them.
+        With ``keep`` they lie where those of the last call with ``keep`` lay, and replace them:
+        the address is then part of what a captured graph may rely on.
         """
+        if keep and self.sizes:
+            if self._kept is None:
+                self._kept = scales.new_empty(sum(self.sizes))
+            self._kept.copy_(torch.cat(self.factors(scales)))
+            return list(self._kept.split(self.sizes))
         if not self.sizes:
             return []
-        if not self._out or self._out[0].dtype != scales.dtype:
-            self._all = scales.new_ones(sum(self.sizes))
-            self._out = list(self._all.split(self.sizes))
-        if self._depth:
-            powers = torch.cat([scales**e if e != 1 else scales for e in self._exponents])
-            torch.index_select(powers, 0, self._index[0], out=self._all)
-            for row in self._index[1:]:
-                self._all.mul_(powers[row])
-        return self._out
+        if self._depth == 0:
+            return list(scales.new_ones(sum(self.sizes)).split(self.sizes))
+        powers = torch.cat([scales**e if e != 1 else scales for e in self._exponents])
+        values = powers[self._index[0]]
+        for row in self._index[1:]:
+            values = values * powers[row]
+        return list(values.split(self.sizes))
 
 
 @dataclass
@@ -89,9 +93,10 @@ class _Level:
         reads: numbers of the matrices that write them, and the side units run along.
         across, own: tables of inverse factors on the other side of a matrix, and of other gauges
             on the same side; with the numbers of the reads that have any.
-        source, target, groups: sums of shards are added up at ``target`` among further places
-            behind the sums, over the process groups.
+        source, target: sums of shards are added up at ``target`` among further places behind the
+            sums.
         further: number of these places.
+        added: over which process groups which of these places are added up.
         gather: (units, k): places of a unit's sums, the end where there are fewer.
         count: (units,) entries per unit.
         power: (units,): scale = mean square ** power.
@@ -104,7 +109,7 @@ class _Level:
     source: Tensor
     target: Tensor
     further: int
-    groups: list[Any]
+    added: list[tuple[list[Any], slice]]
     gather: Tensor
     count: Tensor
     power: Tensor
@@ -122,6 +127,7 @@ class Frame:
 
     Attributes:
         order: the units in the order of their places among all scales.
+        gauge_of: (units,) long: the number of their gauge in this order.
         dropped: gauges none of whose writers or readers can be read.
         framed: numbers of the matrices with factors; whether rows and columns have them.
         read: names of the parameters whose values the frame depends on.
@@ -135,7 +141,8 @@ class Frame:
     ) -> None:
         self._matrices = list(matrices)
         self._parameters = parameters
-        touched = [parameters[m.name] for m in matrices]
+        # Not those of the matrices: this process may hold none.
+        touched = [parameters[s.parameter] for found in units for s in found.slots]
         wide = any(p.dtype == torch.float64 for p in touched)
         self.dtype = torch.float64 if wide else torch.float32
         self.device = touched[0].device if touched else torch.device("cpu")
@@ -147,6 +154,8 @@ class Frame:
         for found in self.order:
             self._offset[id(found)] = self.total
             self.total += found.count
+        counts = torch.tensor([found.count for found in self.order], dtype=torch.long)
+        self.gauge_of = torch.arange(len(self.order)).repeat_interleave(counts).to(self.device)
         self.read = frozenset(s.parameter for _, slots, _ in plan for s in slots)
         self._levels = [
             self._level([(f, slots) for f, slots, level in plan if level == depth], depth)
@@ -195,7 +204,8 @@ class Frame:
                     across.append(self._vector(layout, 1 - read[1], below=depth))
                     own.append(self._vector(layout, read[1], below=depth))
                     length += own[-1].length
-        further, groups = 0, []
+        further = 0
+        added: list[tuple[list[Any], slice]] = []
         source, target, units, places, powers, counts = [], [], [], [], [], []
         first = self._offset[id(members[0][0])]
         for found, slots in members:
@@ -206,7 +216,6 @@ class Frame:
                     most, torch.bincount(owner, minlength=found.count)[: found.count]
                 )
                 spread_over = shard_groups(self._parameters[slot.parameter])
-                groups += [g for g in spread_over if g not in groups]
                 for n, layout in enumerate(self._matrices):
                     if not layout.covers(slot):
                         continue
@@ -225,6 +234,10 @@ class Frame:
                     inside = owner < found.count
                     units.append(owner[inside] + self._offset[id(found)] - first)
                     places.append(torch.arange(slot.size)[inside] + length + further)
+                    if added and added[-1][0] == spread_over:
+                        added[-1] = (spread_over, slice(added[-1][1].start, further + slot.size))
+                    else:
+                        added.append((spread_over, slice(further, further + slot.size)))
                     further += slot.size
             powers.append(torch.full((found.count,), 0.5 / slots[0].exponent, dtype=self.dtype))
             counts.append(most)
@@ -238,7 +251,7 @@ class Frame:
             torch.cat(source or none).to(self.device),
             torch.cat(target or none).to(self.device),
             further,
-            groups,
+            added,
             gather.to(self.device),
             torch.cat(counts).clamp(min=1).to(self.device, self.dtype),
             power.to(self.device),
@@ -263,8 +276,9 @@ class Frame:
                 added = sums.new_zeros(level.further).index_add_(
                     0, level.target, sums[level.source]
                 )
-                for group in level.groups:
-                    torch.distributed.all_reduce(added, group=group)
+                for groups, where in level.added:
+                    for group in groups:
+                        torch.distributed.all_reduce(added[where], group=group)
                 sums = torch.cat([sums, added])
             padded = torch.cat([sums, sums.new_zeros(1)])
             mean = padded[level.gather].sum(1) / level.count
@@ -290,7 +304,7 @@ class Frame:
         for r, own in enumerate(_placed(level.own, scales, len(level.reads))):
             if own is not None:
                 parts[r] = parts[r] * own.square()
-        return torch.cat(parts)
+        return torch.cat(parts) if parts else scales.new_zeros(0)
 
     def labels(self, layout: Layout, side: int) -> tuple[Tensor, list[tuple[int, ...]]]:
         """Rows or columns of a matrix told apart by the gauges that scale them.
@@ -327,7 +341,7 @@ class Frame:
 def _placed(table: tuple[_Table, list[int]], scales: Tensor, count: int) -> list[Tensor | None]:
     """The vectors of a table at the places that have one."""
     out: list[Tensor | None] = [None] * count
-    for n, vector in zip(table[1], table[0].factors(scales), strict=True):
+    for n, vector in zip(table[1], table[0].factors(scales, keep=True), strict=True):
         out[n] = vector
     return out
 

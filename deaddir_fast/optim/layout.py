@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -60,6 +61,11 @@ class Layout:
     @property
     def _inner(self) -> tuple[int, ...]:
         return self.order[1:] if len(self.order) > 1 else self.order
+
+    def axes(self, side: int) -> tuple[int, ...]:
+        """Axes of the parameter behind the rows or the columns."""
+        chosen = self._inner if side == COLS else self.order[:1] if len(self.order) > 1 else ()
+        return tuple(a + (self.index is not None) for a in chosen)
 
     def covers(self, slot: Slot) -> bool:
         """Whether a slot of the parameter can be read on this matrix."""
@@ -143,6 +149,13 @@ def _held(parameter: Tensor) -> tuple[tuple[int, ...], tuple[int, ...]]:
     return tuple(held), tuple(start)
 
 
+def first_slice(name: str, parameter: Tensor) -> Layout:
+    """The first slice of a stack as it would be held: for processes that hold none."""
+    held, start = _held(parameter)
+    axes = tuple(range(parameter.ndim - 1))
+    return Layout(name, 0, axes, tuple(parameter.shape[1:]), held[1:], start[1:])
+
+
 def layouts(name: str, parameter: Tensor, *, sliced: bool) -> list[Layout]:
     """The matrices a parameter is read as: one, or one per slice of the first axis.
 
@@ -169,8 +182,13 @@ def _order(part: Tensor) -> tuple[int, ...]:
     return slowest if part.permute(slowest).is_contiguous() else order
 
 
-def shard_groups(parameter: Tensor) -> list[Any]:
-    """Process groups over which partial sums of a parameter's shards are added."""
+def shard_groups(parameter: Tensor, axes: Sequence[int] | None = None) -> list[Any]:
+    """Process groups over which partial sums of a parameter's shards are added.
+
+    Args:
+        parameter: sharded or not.
+        axes: those summed over; all of them by default.
+    """
     if not spread(parameter):
         return []
     given: Any = parameter
@@ -178,5 +196,5 @@ def shard_groups(parameter: Tensor) -> list[Any]:
     return [
         mesh.get_group(dim)
         for dim, placement in enumerate(given.placements)
-        if placement.is_shard() and mesh.size(dim) > 1
+        if placement.is_shard() and mesh.size(dim) > 1 and (axes is None or placement.dim in axes)
     ]

@@ -9,11 +9,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from deaddir_fast.ops._blocks import accumulation
 from deaddir_fast.optim import blocks as blocked
 from deaddir_fast.optim.blocks import Blocks
 from deaddir_fast.optim.claims import NONE, Claim, Treatment, Units
 from deaddir_fast.optim.frame import Frame
-from deaddir_fast.optim.layout import COLS, ROWS, Layout, layouts, shard_groups
+from deaddir_fast.optim.layout import COLS, ROWS, Layout, first_slice, layouts, shard_groups
 
 
 @dataclass
@@ -42,11 +43,13 @@ class FramePart:
 
     Attributes:
         frame: the scales.
+        names: of its parameters, the same on all processes.
         layouts: its matrices.
         places: {(parameter, slice): number of the matrix}.
     """
 
     frame: Frame
+    names: list[str]
     layouts: list[Layout]
     places: dict[tuple[str, int | None], int]
 
@@ -57,6 +60,7 @@ class Plan:
 
     Attributes:
         entries: {parameter: its matrices}.
+        forms: {parameter: one of them, or what it would be if this process held any}.
         parts: frames, one per device.
         blocks: pairs and chains; their parameters take no other step.
         claims: as treated, after what could not be ordered.
@@ -65,6 +69,7 @@ class Plan:
     """
 
     entries: dict[str, list[Entry]]
+    forms: dict[str, Entry]
     parts: list[FramePart]
     blocks: list[Blocks]
     claims: tuple[Claim, ...]
@@ -97,7 +102,7 @@ def make(treatment: Treatment, parameters: Mapping[str, Tensor], stepped: Sequen
         frame = Frame(here, chosen, parameters)
         dropped += frame.dropped
         places = {(layout.name, layout.index): n for n, layout in enumerate(chosen)}
-        parts.append(FramePart(frame, chosen, places))
+        parts.append(FramePart(frame, names, chosen, places))
     gone = {id(f.gauge) for f in dropped}
     kept = [f for f in framed if id(f.gauge) not in gone]
     claims = tuple(
@@ -108,11 +113,18 @@ def make(treatment: Treatment, parameters: Mapping[str, Tensor], stepped: Sequen
         name: [_entry(layout, kept, treatment.still.get(name), parameters) for layout in read[name]]
         for name in stepped
     }
+    forms = {
+        name: found[0]
+        if found
+        else _entry(first_slice(name, parameters[name]), kept, None, parameters)
+        for name, found in entries.items()
+    }
     one = {name: found[0] for name, found in read.items() if found}
     in_pairs = [blocked.of_pair(f, one) for f in treatment.pairs]
     in_chains = [blocked.of_chain(c, one) for c in treatment.chains]
     return Plan(
         entries,
+        forms,
         parts,
         in_pairs + in_chains,
         claims,
@@ -134,14 +146,14 @@ def _entry(
         for side, groups in ((ROWS, rows), (COLS, cols)):
             held = layout.rows if side == ROWS else layout.cols
             extents.append(held if groups is None else int(groups.max()) + 1)
-            if groups is not None and layout.within(side).numel() < groups.numel():
-                entry.split = shard_groups(parameter)
+            if groups is not None:
+                entry.split += shard_groups(parameter, layout.axes(side))
         entry.groups = (extents[ROWS], extents[COLS])
         entry.row_groups = _held(rows, layout, ROWS, parameter.device)
         entry.col_groups = _held(cols, layout, COLS, parameter.device)
     if still is not None:
         # Biases alone are shifted: vectors, hence one row.
-        mask = torch.ones(layout.shape[0])
+        mask = torch.ones(layout.shape[0], dtype=accumulation(parameter))
         mask[still] = 0
         entry.still = mask[layout.within(COLS)].to(parameter.device)
     return entry

@@ -16,9 +16,9 @@ from deaddir_fast.ops.scaled_adam import scaled_adam
 from deaddir_fast.ops.shared_adam import shared_adam
 from deaddir_fast.optim import blocks as blocked
 from deaddir_fast.optim.balance import constants
-from deaddir_fast.optim.blocks import Blocks, OnDevice
+from deaddir_fast.optim.blocks import Blocks
 from deaddir_fast.optim.layout import Layout
-from deaddir_fast.optim.plan import Entry, FramePart, Plan
+from deaddir_fast.optim.plan import FramePart, Plan
 from deaddir_fast.optim.split import split_shared_adam
 from deaddir_fast.optim.state import Matrices, addresses, matrices, new_state
 
@@ -54,11 +54,12 @@ class Stepper:
         self.plan = plan
         self._parameters = parameters
         self._owners = owners
+        self._number = {name: n for n, name in enumerate(owners)}
+        self._kinds = self._kinds_now()
+        self._factor: dict[tuple[str, int | None, int], Tensor] = {}
         self._counts: dict[str, int] = {}
         self._held: dict[str, Matrices] = {}
-        self._fixed: dict[int, OnDevice] = {}
-        self._per_unit: dict[int, tuple[Tensor, Tensor]] = {}
-        self._stopped: dict[tuple[str, int | None], Tensor] = {}
+        self._where: dict[int, list[Tensor]] = {}
 
     def take(self, groups: list[dict[str, Any]], state: dict[Tensor, dict[str, Any]]) -> None:
         """One step of all parameters that have a gradient."""
@@ -67,9 +68,9 @@ class Stepper:
             return
         for name in active:
             p = self._parameters[name]
-            if not state[p]:
+            if "step" not in state[p]:  # it may hold the constants of a frame already
                 capturable = groups[self._owners[name]]["capturable"]
-                state[p].update(new_state(p, self.plan.entries[name], capturable=capturable))
+                state[p].update(new_state(p, self.plan.forms[name], capturable=capturable))
         self._count(active, state)
         held = {name: self._matrices(name, state) for name in active}
         factors = self._factors(held, state)
@@ -78,7 +79,7 @@ class Stepper:
         for name in active:
             if name not in self.plan.in_blocks:
                 self._collect(name, held[name], factors, hypers, calls)
-        for (_, _, _, grouped), call in calls.items():
+        for (_, _, _, grouped, _), call in calls.items():
             ws, gs, ms, vs, rows, cols, row_groups, col_groups = call.lists
             if grouped:
                 shared_adam(
@@ -113,6 +114,14 @@ class Stepper:
             if not there.views:
                 p = self._parameters[name]
                 there.write(p, state[p], self.plan.entries[name])
+
+    def _kinds_now(self) -> list[Any]:
+        stepped = (self._parameters[name] for name in self._owners)
+        return [(p.device, p.dtype, p.requires_grad) for p in stepped]
+
+    def fits(self) -> bool:
+        """Whether device, dtype and trainability of the parameters are those laid out for."""
+        return self._kinds == self._kinds_now()
 
     def _active(self) -> list[str]:
         """Parameters to step: those with a gradient, and all of a block that has one."""
@@ -151,10 +160,15 @@ class Stepper:
     def _factors(
         self, held: Mapping[str, Matrices], state: dict[Tensor, dict[str, Any]]
     ) -> dict[tuple[str, int | None], Factor]:
-        """Factors along rows and columns of every framed matrix, at the present parameters."""
+        """Factors along rows and columns of every framed matrix, at the present parameters.
+
+        They stay in the same memory from step to step, which a captured graph relies on.
+        """
         found: dict[tuple[str, int | None], Factor] = {}
+        into: dict[Any, list[Tensor]] = {}
+        new: dict[Any, list[Tensor]] = {}
         for part in self.plan.parts:
-            if not any(layout.name in held for layout in part.layouts):
+            if not any(name in held for name in part.names):
                 continue
             here: dict[str, list[Tensor]] = {n: there.ws for n, there in held.items()}
             values = []
@@ -167,7 +181,20 @@ class Stepper:
             scales = part.frame.scales(values) * self._constants(part, values, state)
             for n, row, col in part.frame.factors(scales):
                 layout = part.layouts[n]
-                found[layout.name, layout.index] = (row, col)
+                where = (layout.name, layout.index)
+                dtype = accumulation(self._parameters[layout.name])
+                kept = []
+                for side, factor in enumerate((row, col)):
+                    if factor is not None:
+                        known = self._factor.get((*where, side))
+                        if known is None:
+                            known = self._factor[*where, side] = factor.to(dtype, copy=True)
+                        into.setdefault((factor.device, dtype), []).append(known)
+                        new.setdefault((factor.device, dtype), []).append(factor)
+                    kept.append(None if factor is None else known)
+                found[where] = (kept[0], kept[1])
+        for key, factors in new.items():
+            torch._foreach_copy_(into[key], factors)
         return found
 
     def _constants(
@@ -177,12 +204,13 @@ class Stepper:
 
         They are kept in the state of the first parameter of the frame that the optimizer steps.
         """
-        anchor = next(lay.name for lay in part.layouts if lay.name in self._owners)
+        anchor = next(name for name in part.names if name in self._owners)
         kept = state[self._parameters[anchor]]
         frame = part.frame
-        found = kept.get("frame_constants")
-        if found is None or found.numel() != len(frame.order):
-            found = kept["frame_constants"] = constants(
+        if kept.get("frame_constants") is None or kept["frame_constants"].numel() != len(
+            frame.order
+        ):
+            kept["frame_constants"] = constants(
                 frame,
                 values,
                 part.layouts,
@@ -190,13 +218,8 @@ class Stepper:
                 self.plan.shifted,
                 self.plan.still,
             ).to(frame.device)
-        cached = self._per_unit.get(id(part))
-        if cached is None or cached[0] is not found:
-            each = torch.tensor([f.count for f in frame.order], device=frame.device)
-            per_unit = found.repeat_interleave(each, output_size=frame.total)
-            per_unit = torch.cat([per_unit, per_unit.new_ones(1)]).to(frame.dtype)
-            cached = self._per_unit[id(part)] = (found, per_unit)
-        return cached[1]
+        per_unit = kept["frame_constants"][frame.gauge_of]
+        return torch.cat([per_unit, per_unit.new_ones(1)]).to(frame.dtype)
 
     def _collect(
         self,
@@ -211,11 +234,12 @@ class Stepper:
         decay = name not in self.plan.undecayed
         for n, entry in enumerate(self.plan.entries[name]):
             w, m, v = held.ws[n], held.ms[n], held.vs[n]
-            row, col = _cast(factors.get((name, entry.layout.index), (None, None)), m.dtype)
+            row, col = factors.get((name, entry.layout.index), (None, None))
             if entry.still is not None:
-                col = self._stop(entry, col, m)
+                col = entry.still if col is None else col.mul_(entry.still)
             g = _gradient(p, entry.layout)
             hyper, where = hypers.of(name, decay=decay)
+            seed = hypers.seed(name, self._number[name])
             if entry.split:
                 split_shared_adam(
                     w,
@@ -229,24 +253,17 @@ class Stepper:
                     hyper,
                     entry.split,
                     maximize=hypers.maximize(name),
-                    seed=hypers.seed(name, len(calls)),
+                    seed=seed,
                 )
                 continue
-            key = (where, p.device, p.dtype, entry.groups is not None)
+            # Random bits go by the place in a list: processes that hold the same shard need the
+            # same list, whatever else they hold.
+            key = (where, p.device, p.dtype, entry.groups is not None, _spread_over(p))
             call = calls.get(key)
             if call is None:
-                call = _Call(hyper, hypers.maximize(name), hypers.seed(name, len(calls)))
+                call = _Call(hyper, hypers.maximize(name), seed)
                 calls[key] = call
             call.add(w, g, m, v, row, col, entry.row_groups, entry.col_groups)
-
-    def _stop(self, entry: Entry, col: Tensor | None, m: Tensor) -> Tensor:
-        """The factors along columns with zeros where entries stay put, in memory that stays."""
-        assert entry.still is not None
-        key = (entry.layout.name, entry.layout.index)
-        kept = self._stopped.get(key)
-        if kept is None or kept.dtype != m.dtype:
-            kept = self._stopped[key] = entry.still.to(m.dtype, copy=True)
-        return kept if col is None else torch.mul(col, entry.still, out=kept)
 
     def _take_block(
         self,
@@ -269,15 +286,15 @@ class Stepper:
                 kept.setdefault(
                     f"{key}_{moment}", torch.zeros(shape, dtype=dtype, device=anchor.device)
                 )
-        if number not in self._fixed:
-            self._fixed[number] = OnDevice.of(block, anchor)
+        if number not in self._where:
+            self._where[number] = [b.to(anchor.device) for b in block.blocks]
         names = [layout.name for layout in block.layouts]
         hyper, _ = hypers.of(block.anchor, decay=True)
-        seed = hypers.seed(block.anchor, 1000 + number)
+        seed = hypers.seed(block.anchor, self._number[block.anchor])
         maximize = hypers.maximize(block.anchor)
         reach = blocked.step(
             block,
-            self._fixed[number],
+            self._where[number],
             [held[n].ws[0] for n in names],
             [
                 _gradient(self._parameters[n], lay)
@@ -307,13 +324,13 @@ class Stepper:
                 [None] * len(later),
                 hyper,
                 maximize=maximize,
-                seed=seed + 1 if seed >= 0 else seed,
+                seed=hypers.seed(later[0], self._number[later[0]]),
             )
 
 
-def _cast(factor: Factor, dtype: torch.dtype) -> Factor:
-    row, col = factor
-    return (None if row is None else row.to(dtype)), (None if col is None else col.to(dtype))
+def _spread_over(p: Tensor) -> Any:
+    given: Any = p
+    return (given.device_mesh, given.placements) if spread(p) else None
 
 
 def _gradient(p: Tensor, layout: Layout) -> Tensor:
@@ -366,9 +383,9 @@ class _Hypers:
         """Whether the parameter steps up its gradient."""
         return bool(self._groups[self._owners[name]]["maximize"])
 
-    def seed(self, name: str, call: int) -> int:
-        """Seed of stochastic rounding for a launch, -1 without."""
+    def seed(self, name: str, first: int) -> int:
+        """Seed of stochastic rounding for a launch by its first parameter, -1 without."""
         group = self._groups[self._owners[name]]
         if not group["stochastic_rounding"]:
             return -1
-        return int((group["seed"] * 1_000_003 + call * 7919) & 0x7FFFFFFF)
+        return int((group["seed"] * 1_000_003 + first * 7919) & 0x7FFFFFFF)
