@@ -16,6 +16,7 @@ from deaddir_fast import _check
 from deaddir_fast.gauge.base import Gauge
 from deaddir_fast.gauge.inputs import made_up
 from deaddir_fast.gauge.linear import GeneralLinear
+from deaddir_fast.gauge.permuting import permutations
 from deaddir_fast.gauge.rescaling import Rescaling, Slot
 from deaddir_fast.gauge.scaling import MOVES, SAME, Flow, aten, flow, operands
 from deaddir_fast.gauge.shift import ClassShift
@@ -81,19 +82,22 @@ def find(model: nn.Module, inputs: Any = None) -> list[Gauge]:
             *((g, None) for g in translations(run, names)),
             *((g, None) for g in _class_shifts(run, names)),
         ]
-        if not claims:
+        finite = permutations(run, [g for g, _ in claims if isinstance(g, GeneralLinear)])
+        if not claims and not finite:
             return []
         verifier = Verifier(model, slice_batch(inputs, 0, min(n, _CHECKED)))
-        found = []
+        found: list[Gauge] = []
         for claim, weaker in claims:
             gauge = _accepted(verifier, claim, weaker)
             if gauge is not None:
                 found.append(gauge)
-        return found
+        if finite and verifier.joint_objection(finite):
+            finite = [g for g in finite if _accepted(verifier, g, None) is not None]
+        return [*found, *finite]
 
 
 def _accepted(verifier: Verifier, claim: Gauge, weaker: Gauge | None) -> Gauge | None:
-    if not verifier.moves(claim):
+    if claim.dimension and not verifier.moves(claim):
         return None
     reason = verifier.objection(claim)
     if reason is None:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import math
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -107,17 +108,14 @@ class Verifier:
         same few backward passes serve all gauges.
         """
         categorical = gauge.likelihood == "categorical"
-        for state, before in zip(self._points, self._outputs, strict=True):
-            after = self.evaluate(gauge.act(state, gauge.random_element(self._draw))).detach()
-            change = after - before
-            if categorical:
-                change = change - change.mean(-1, keepdim=True)
-            size = max(float(before.abs().max()), float(after.abs().max()), 1e-30)
-            error = float(change.abs().max()) / size
+        for point in range(len(self._points)):
+            error = self._change([gauge], point, categorical)
             if not error <= self._tolerance:
                 return f"a random element changes the outputs by {error:.1e} of their size"
+        if math.prod(gauge.algebra_shape) == 0:
+            return None
         for state, gradients in zip(self._points, self._cotangents(categorical), strict=True):
-            algebra = torch.randn(gauge.shape, dtype=torch.float64, generator=self._draw)
+            algebra = torch.randn(gauge.algebra_shape, dtype=torch.float64, generator=self._draw)
             tangent = gauge.velocity(state, algebra)
             for gradient in gradients:
                 parts = [tangent[k] * gradient[k] for k in tangent if k in gradient]
@@ -131,7 +129,32 @@ class Verifier:
                     )
         return None
 
+    def _change(self, gauges: Sequence[Gauge], point: int, categorical: bool) -> float:
+        """Change of the outputs, relative to their size, by a random element of every gauge."""
+        state, before = dict(self._points[point]), self._outputs[point]
+        for gauge in gauges:
+            state = gauge.act(state, gauge.random_element(self._draw))
+        after = self.evaluate(state).detach()
+        change = after - before
+        if categorical:
+            change = change - change.mean(-1, keepdim=True)
+        size = max(float(before.abs().max()), float(after.abs().max()), 1e-30)
+        return float(change.abs().max()) / size
+
+    def joint_objection(self, gauges: Sequence[Gauge]) -> bool:
+        """Whether some of these finite gauges, which leave the outputs alone, may be false.
+
+        Their elements are tried together, in about 2 + log2 of their number evaluations: all of
+        them at both points, then subsets that hold one and not the other of any two gauges, so
+        that errors of two that undo each other show.
+        """
+        trials = [(list(gauges), point) for point in range(len(self._points))]
+        for bit in range(max(len(gauges) - 1, 0).bit_length()):
+            subset = [g for i, g in enumerate(gauges) if i >> bit & 1]
+            trials.append((subset, bit % len(self._points)))
+        return not all(self._change(g, p, False) <= self._tolerance for g, p in trials)
+
     def moves(self, gauge: Gauge) -> bool:
         """Whether a random combination of tangents moves any parameter at a generic point."""
-        algebra = torch.randn(gauge.shape, dtype=torch.float64, generator=self._draw)
+        algebra = torch.randn(gauge.algebra_shape, dtype=torch.float64, generator=self._draw)
         return any(bool(v.any()) for v in gauge.velocity(self._points[1], algebra).values())
