@@ -199,7 +199,7 @@ class Layouts:
 
 
 def _place(extent: int) -> Axis | None:
-    return None if extent == 1 else [Space(extent, fixed=True)]
+    return None if extent <= 1 else [Space(extent, fixed=True)]
 
 
 def _fixed(value: Tensor) -> Layout:
@@ -208,7 +208,7 @@ def _fixed(value: Tensor) -> Layout:
 
 def _varying(value: Tensor) -> Layout:
     return tuple(
-        None if s == 1 or bool((value == value.narrow(a, 0, 1)).all()) else _place(s)
+        None if s <= 1 or bool((value == value.narrow(a, 0, 1)).all()) else _place(s)
         for a, s in enumerate(value.shape)
     )
 
@@ -375,8 +375,8 @@ def _lstm(walk: Layouts, node: fx.Node) -> Any:
     for arg in (x, h0, c0):
         for axis in walk.layout(arg)[:-1]:
             freeze(axis or ())
-    out = walk.run.values[node]
-    return [(*(_place(s) for s in v.shape[:-1]), units) if v.ndim else () for v in out]
+    outputs = walk.run.values[node][:3]  # the fourth is scratch
+    return [(*(_place(s) for s in v.shape[:-1]), units) for v in outputs]
 
 
 def _view(walk: Layouts, node: fx.Node) -> Layout:
@@ -475,6 +475,27 @@ def _slice(walk: Layouts, node: fx.Node) -> Layout:
     return (*layout[:dim], found[0], *layout[dim + 1 :])
 
 
+def _slice_scatter(walk: Layouts, node: fx.Node) -> Layout:
+    """A tensor with a part of one axis replaced."""
+    given = operands(node)
+    x, part, dim, start, stop, step = (*given, *(None, None, 0, None, None, 1)[len(given) :])
+    shape, layout, new = walk.shape(x), walk.layout(x), walk.layout(part)
+    dim %= len(shape)
+    start, stop, step = slice(start, stop, step).indices(shape[dim])
+    axis, inside = layout[dim], new[dim]
+    if step != 1 or axis is None:
+        return walk.opaque(node)
+    around = [segment(axis, *b) for b in ((0, start), (stop, shape[dim])) if b[0] < b[1]]
+    if any(not f for f in around):
+        return walk.opaque(node)
+    between = [Space(stop - start)] if inside is None else inside
+    pieces = [*around[: start > 0], between, *around[start > 0 :]]
+    parts = [whole(piece) for piece in pieces if piece]
+    out = [None if d == dim else _joined([layout[d], new[d]]) for d in range(len(layout))]
+    out[dim] = parts if len(parts) == 1 else [Space(shape[dim], parts=parts)]
+    return tuple(out)
+
+
 def _split(walk: Layouts, node: fx.Node) -> Any:
     x, sizes = operands(node)[:2]
     dim = operands(node)[2] if len(operands(node)) > 2 else node.kwargs.get("dim", 0)
@@ -549,6 +570,7 @@ _RULES: dict[Any, Callable[[Layouts, fx.Node], Any]] = {
     aten.mv.default: _matvec,
     aten.constant_pad_nd.default: _pad,
     aten.cat.default: _cat,
+    aten.slice_scatter.default: _slice_scatter,
     aten.convolution.default: _convolution,
     aten.embedding.default: _embedding,
     aten.mkldnn_rnn_layer.default: _lstm,

@@ -365,7 +365,8 @@ def _pad(run: Flow, node: fx.Node) -> Scale:
 
 
 def _cat(run: Flow, node: fx.Node) -> Scale:
-    tensors = operands(node)[0]
+    # An empty vector may stand for "nothing yet" among tensors of more axes.
+    tensors = [t for t in operands(node)[0] if run.shape(t) != (0,)]
     dim = operands(node)[1] if len(operands(node)) > 1 else 0
     shapes = [run.shape(t) for t in tensors]
     out: Scale = []

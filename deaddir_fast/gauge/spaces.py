@@ -100,10 +100,20 @@ def _child(space: Space, places: int) -> Space:
 
 
 def split(space: Space, outer: int) -> tuple[Space, Space] | None:
-    """Make a leaf the product of ``outer`` places and the rest; None where that cannot be."""
-    if space.parts is not None or space.size % outer:
+    """Make a space the product of ``outer`` places and the rest; None where that cannot be.
+
+    A sum of equal stretches (steps in time, one after the other) becomes fixed places times one
+    stretch.
+    """
+    inner = space.size // outer
+    if space.size % outer or any(s.size % inner for s in summands(space)[1:]):
         return None
-    parts = (_child(space, outer), _child(space, space.size // outer))
+    if space.parts is None:
+        parts = (_child(space, outer), _child(space, inner))
+    else:
+        parts = (Space(outer, fixed=True), Space(inner))
+        for part in summands(space):
+            unify([part], [Space(part.size // inner, fixed=True), parts[1]])
     space.parts, space.product = list(parts), True
     return parts
 

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from deaddir_fast.gauge.base import Gauge
 from deaddir_fast.nets.graph import call_model, readable_attention
@@ -37,6 +38,21 @@ def at_rest(model: nn.Module) -> Iterator[None]:
             module.training = training
 
 
+class _Wide(TorchDispatchMode):
+    """Casts of fp64 numbers to a narrower type are left out: norms often cast to fp32."""
+
+    used = False
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if func is torch.ops.aten._to_copy.default and args[0].dtype == torch.float64:
+            wanted = kwargs.get("dtype")
+            if wanted not in (None, torch.float64) and wanted.is_floating_point:
+                self.used = True
+                kwargs = {**kwargs, "dtype": torch.float64}
+        return func(*args, **kwargs)
+
+
 class Verifier:
     """Evaluates a model in fp64 where it allows that, at its own parameters and near them.
 
@@ -55,10 +71,12 @@ class Verifier:
             self._buffers = {k: wide(v.detach()) for k, v in buffers.items()}
             self._inputs = pytree.tree_map(wide, inputs)
             state = {k: wide(v) for k, v in own.items()}
-            self.evaluate(state)
+            with _Wide() as mode:
+                call_model(self._model, {**self._buffers, **state}, self._inputs)
+            self._casts = mode.used
         except (RuntimeError, TypeError):  # casts inside the forward pass
             self._buffers = {k: v.detach() for k, v in buffers.items()}
-            self._inputs, state = inputs, own
+            self._inputs, self._casts, state = inputs, False, own
         self._draw = torch.Generator().manual_seed(1)
         self._points = [state, {k: self._near(v) for k, v in state.items()}]
         self._outputs = [self.evaluate(s).detach() for s in self._points]
@@ -74,7 +92,8 @@ class Verifier:
 
     def evaluate(self, state: dict[str, Tensor]) -> Tensor:
         """The model's output at other parameters."""
-        return call_model(self._model, {**self._buffers, **state}, self._inputs)
+        with _Wide() if self._casts else nullcontext():
+            return call_model(self._model, {**self._buffers, **state}, self._inputs)
 
     def _cotangents(self, categorical: bool) -> list[list[dict[str, Tensor]]]:
         """Gradients of random linear functionals of the outputs, per point."""
