@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import warnings
 from collections import defaultdict
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import numpy as np
@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from deaddir_fast import _check
+from deaddir_fast.gauge import batch_norm
 from deaddir_fast.gauge.base import Gauge
 from deaddir_fast.gauge.inputs import made_up
 from deaddir_fast.gauge.linear import GeneralLinear
@@ -69,7 +70,9 @@ def find(model: nn.Module, inputs: Any = None) -> list[Gauge]:
         if not any(True for _ in model.parameters()) or n == 0:
             return []
         few = slice_batch(inputs, 0, min(n, _TRACED))
-        run = flow(capture(model, few), few)
+        captured = capture(model, few)
+        norms = {site.label: site for site in batch_norm.sites(captured)}
+        run = flow(captured, few, {site.buffer: label for label, site in norms.items()})
         names = dict(
             zip(
                 (v for v in run.capture.graph.nodes if v.op == "placeholder"),
@@ -78,11 +81,12 @@ def find(model: nn.Module, inputs: Any = None) -> list[Gauge]:
             )
         )
         claims: list[tuple[Gauge, Gauge | None]] = [
-            *_diagonal(run),
-            *((g, None) for g in translations(run, names)),
+            *_diagonal(run, norms),
+            *((g, None) for g in translations(run, names, norms.values())),
             *((g, None) for g in _class_shifts(run, names)),
         ]
-        finite = permutations(run, [g for g, _ in claims if isinstance(g, GeneralLinear)])
+        linear = [g for g, _ in claims if isinstance(g, GeneralLinear)]
+        finite = permutations(run, linear, norms.values())
         if not claims and not finite:
             return []
         verifier = Verifier(model, slice_batch(inputs, 0, min(n, _CHECKED)))
@@ -110,25 +114,31 @@ def _modules(parameters: Iterable[str]) -> str:
     return ", ".join(dict.fromkeys(p.rpartition(".")[0] or p for p in parameters))
 
 
-def _diagonal(run: Flow) -> list[tuple[Gauge, Gauge | None]]:
+def _diagonal(run: Flow, norms: Mapping[str, batch_norm.Site]) -> list[tuple[Gauge, Gauge | None]]:
     """Units that act alike, gathered into gauges; GL where nothing tells them apart."""
     units = run.units
     families: dict[tuple, dict[int, list[dict[int, int]]]] = defaultdict(lambda: defaultdict(list))
     taken: dict[tuple, list[set[int]]] = defaultdict(list)
+    alike: dict[tuple, list[dict[int, int]]] = defaultdict(list)
     for vector in (_oriented(run, v) for basis in units.solve() for v in basis):
         touched: dict[tuple[str, int, int], int] = defaultdict(int)
         for v, exponent in vector.items():
             touched[(units.parameter[v], units.axis[v], exponent)] += 1
         positive = bool(units.positive[list(vector)].any())
-        label = int(np.sum(units.label[list(vector)], dtype=np.uint64))
-        key = (tuple(sorted(touched.items())), positive)
-        # Units of one gauge own different entries; the rare overlap opens another gauge.
-        layer = next((i for i, t in enumerate(taken[key]) if not t & set(vector)), None)
-        if layer is None:
-            layer = len(taken[key])
-            taken[key].append(set())
-        taken[key][layer] |= set(vector)
-        families[(*key, layer)][label].append(vector)
+        alike[(tuple(sorted(touched.items())), positive)].append(vector)
+    for (touches, positive), vectors in alike.items():
+        if positive and any(p in norms for (p, _, _), _ in touches):
+            positive = batch_norm.kinked(units, vectors)
+        key = (touches, positive)
+        for vector in vectors:
+            label = int(np.sum(units.label[list(vector)], dtype=np.uint64))
+            # Units of one gauge own different entries; the rare overlap opens another gauge.
+            layer = next((i for i, t in enumerate(taken[key]) if not t & set(vector)), None)
+            if layer is None:
+                layer = len(taken[key])
+                taken[key].append(set())
+            taken[key][layer] |= set(vector)
+            families[(*key, layer)][label].append(vector)
     claims: list[tuple[Gauge, Gauge | None]] = []
     for (_, positive, _), blocks in families.items():
         by_size: dict[int, list[list[dict[int, int]]]] = defaultdict(list)
@@ -138,26 +148,35 @@ def _diagonal(run: Flow) -> list[tuple[Gauge, Gauge | None]]:
             for part in parts:
                 by_size[len(part)].append(part)
         for size, same in sorted(by_size.items()):
-            claims.append(_claim(run, same, size, positive))
+            claims.append(_claim(run, same, size, positive, norms))
     order = {name: i for i, name in enumerate(run.capture.names)}
     return sorted(claims, key=lambda c: order[c[0].parameters[0]])
 
 
 def _oriented(run: Flow, vector: dict[int, int]) -> dict[int, int]:
     """Positive exponents for the parameters used first: they write the unit, the others read it."""
-    first = min(vector, key=lambda v: (run.first_use[run.units.parameter[v]], v))
+    own = (v for v in vector if run.units.parameter[v] in run.first_use)
+    first = min(own, key=lambda v: (run.first_use[run.units.parameter[v]], v))
     return vector if vector[first] > 0 else {v: -e for v, e in vector.items()}
 
 
 def _claim(
-    run: Flow, blocks: list[list[dict[int, int]]], size: int, positive: bool
+    run: Flow,
+    blocks: list[list[dict[int, int]]],
+    size: int,
+    positive: bool,
+    norms: Mapping[str, batch_norm.Site],
 ) -> tuple[Gauge, Gauge | None]:
     units, h = run.units, len(blocks) * size
     entries: dict[tuple[str, int, int], list[list[int]]] = defaultdict(
         lambda: [[] for _ in range(h)]
     )
+    folded: dict[str, batch_norm.Norm] = {}
     for j, vector in enumerate(u for block in blocks for u in block):
         for v, exponent in vector.items():
+            if units.parameter[v] in norms:
+                folded[units.parameter[v]] = norms[units.parameter[v]].norm
+                continue
             slot = (units.parameter[v], units.axis[v], exponent)
             entries[slot][j].append(units.index[v])
     order = {name: i for i, name in enumerate(run.capture.names)}
@@ -184,6 +203,8 @@ def _claim(
         slots=slots,
         positive=positive,
     )
+    if folded:
+        return batch_norm.with_norms(rescaling, tuple(folded.values()), order), None
     if size == 1:
         return rescaling, None
     count = f"^{len(blocks)}" if len(blocks) > 1 else ""

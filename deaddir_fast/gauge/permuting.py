@@ -7,8 +7,8 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
-from torch import fx
 
+from deaddir_fast.gauge.batch_norm import Site, through_norms
 from deaddir_fast.gauge.layouts import Layout, Layouts
 from deaddir_fast.gauge.linear import GeneralLinear
 from deaddir_fast.gauge.permutation import Permutation
@@ -28,16 +28,16 @@ class _Place(NamedTuple):
 
 
 def permutations(
-    run: Flow, linear: Sequence[GeneralLinear] = (), blank: Collection[fx.Node] = ()
+    run: Flow, linear: Sequence[GeneralLinear] = (), norms: Collection[Site] = ()
 ) -> list[Permutation]:
     """Permutation gauges of a forward pass.
 
     Args:
         run: the forward pass with its values.
         linear: gauges already found; permutations they contain are left out.
-        blank: constants whose permutation is made up for by the caller (running statistics).
+        norms: batch norms whose running statistics their other parameters make up for.
     """
-    walk = Layouts(run, blank)
+    walk = Layouts(run, {c for site in norms for c in site.constants})
     walk.walk()
     places = [
         _Place(name, i, coordinates(axis))
@@ -51,6 +51,7 @@ def permutations(
     companions = _companions(walk, free)
     roles = _Roles(walk)
     contained = _Contained(linear)
+    order = {name: i for i, name in enumerate(run.capture.names)}
     found = []
     for leaf in free:
         here = [p for p in places if leaf in p.of]
@@ -59,8 +60,7 @@ def permutations(
         blocks = [b for b in companions[leaf] if all(p.of.get(b) is not None for p in here)]
         gauge = _gauge(leaf, blocks, here, roles)
         if not contained(gauge):
-            found.append(gauge)
-    order = {name: i for i, name in enumerate(run.capture.names)}
+            found.append(through_norms(gauge, norms, order))
     return sorted(found, key=lambda g: order[g.parameters[0]])
 
 

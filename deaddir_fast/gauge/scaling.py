@@ -8,7 +8,7 @@ to see no scaling at all, so a missing rule can hide a symmetry but never invent
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from fractions import Fraction
 from typing import Any
@@ -129,8 +129,11 @@ def _first_uses(graph: fx.Graph, names: tuple[str, ...]) -> dict[str, int]:
     return found
 
 
-def flow(capture: Capture, inputs: Any) -> Flow:
-    """Run the forward pass on ``inputs`` (those of the capture), propagating scales."""
+def flow(capture: Capture, inputs: Any, moving: Mapping[fx.Node, str] | None = None) -> Flow:
+    """Run the forward pass on ``inputs`` (those of the capture), propagating scales.
+
+    ``moving`` names constants that scale like parameters (running means of batch norms).
+    """
     run = Flow(capture, first_use=_first_uses(capture.graph, capture.names))
     tensors = iter([*capture.parameters.items(), *((None, x) for x in capture.bind(inputs))])
     with torch.no_grad():
@@ -142,8 +145,10 @@ def flow(capture: Capture, inputs: Any) -> Flow:
                 if name is not None and node.users and value.is_floating_point():
                     run.scales[node] = run.units.declare(name, value)
             elif node.op == "get_attr":
-                run.values[node] = operator.attrgetter(node.target)(capture.module)
-                run.scales[node] = []
+                value = operator.attrgetter(node.target)(capture.module)
+                run.values[node] = value
+                known = moving is not None and node in moving
+                run.scales[node] = run.units.declare(moving[node], value) if known else []
             elif node.op == "output":
                 for arg in node.all_input_nodes:
                     run.units.require_zero(run.scale(arg))

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from deaddir_fast.gauge.base import Gauge, State, along
+from deaddir_fast.gauge.batch_norm import NormReader
 
 
 class _Additive(Gauge):
@@ -65,13 +66,13 @@ class Translation(_Additive):
     """Bias b -> b + v, absorbed by every reader: its bias c -> c - W v.
 
     Elements have shape (h,), one entry per moved entry of the bias. With no readers the shift is
-    taken back by a softmax that cannot see it (an attention key bias moves all scores of a query
-    alike).
+    taken back by what cannot see it: a softmax (an attention key bias moves all scores of a query
+    alike) or a norm that subtracts the mean.
     """
 
     source: str
     entries: Tensor
-    readers: tuple[Reader, ...]
+    readers: tuple[Reader | NormReader, ...]
 
     def _velocity(self, state: State, algebra: Tensor) -> dict[str, Tensor]:
         b = state[self.source]

@@ -79,6 +79,7 @@ class Units:
     Attributes:
         parameter, axis, index: for each variable the parameter name, axis and entry it scales.
         positive: the variable passed an operation with a kink: only positive scales commute.
+        kinks: the scales of everything that met an operation with a kink.
         label: variables with different labels were told apart by some operation and do not mix.
     """
 
@@ -88,6 +89,7 @@ class Units:
     rows: list[tuple[list[Fraction], np.ndarray]] = field(default_factory=list)
     positive: np.ndarray = field(default_factory=lambda: np.zeros(1, bool))
     label: np.ndarray = field(default_factory=lambda: np.zeros(1, np.uint64))
+    kinks: list[Scale] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         self._random = np.random.default_rng(0)
@@ -194,6 +196,7 @@ class Units:
 
     def mark_positive(self, scale: Scale) -> None:
         """Record a kink: only positive scales pass."""
+        self.kinks.append(scale)
         for term in scale:
             self.positive[term.ids.reshape(-1)] = True
 
