@@ -15,6 +15,7 @@ from torch import Tensor, fx, nn
 from deaddir_fast import _check
 from deaddir_fast.gauge import batch_norm
 from deaddir_fast.gauge.base import Gauge
+from deaddir_fast.gauge.centring import mean_shifts
 from deaddir_fast.gauge.inputs import made_up
 from deaddir_fast.gauge.linear import GeneralLinear
 from deaddir_fast.gauge.permuting import permutations
@@ -83,6 +84,7 @@ def find(model: nn.Module, inputs: Any = None) -> list[Gauge]:
         claims: list[tuple[Gauge, Gauge | None]] = [
             *_diagonal(run, norms),
             *((g, None) for g in translations(run, names, norms.values())),
+            *((g, None) for g in mean_shifts(run)),
             *((g, None) for g in _class_shifts(run, names)),
         ]
         linear = [g for g, _ in claims if isinstance(g, GeneralLinear)]
@@ -249,6 +251,8 @@ def _class_shifts(run: Flow, names: dict[fx.Node, str]) -> list[Gauge]:
                 biases += [bias[0]] if bias else []
             map_of = _origin(run, operands(node)[-1], names, classes)
             weights += [map_of] if map_of else []
+    if biases and not weights:  # the map is tied to another: its bias moves alone
+        weights, biases = [(biases[0], 0)], []
     for i, (weight, axis) in enumerate(weights):
         # One number on all classes is one direction however many biases could carry it.
         offset = biases[0] if biases and i == 0 else None

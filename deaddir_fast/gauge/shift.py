@@ -89,7 +89,12 @@ class Translation(_Additive):
 
 @dataclass(frozen=True, eq=False)
 class ClassShift(_Additive):
-    """One vector added to all class rows of the last linear map, one number to all its biases.
+    """One vector added to all output rows of a map, one number to all its biases.
+
+    The last linear map's rows are classes, which the softmax of a categorical likelihood cannot
+    tell from before. Further inside the outputs of the map meet a norm that subtracts their mean,
+    or a softmax, and nothing changes at all (``likelihood`` None). A vector of biases alone is a
+    map without features.
 
     Elements have shape (features,) or (features + 1,): the row vector, then the bias number.
     """

@@ -71,6 +71,7 @@ class _Walk:
     norms: dict[fx.Node, Site] = field(default_factory=dict)
     marks: dict[fx.Node, Any] = field(default_factory=dict)
     failed: set[int] = field(default_factory=set)
+    centred: set[int] = field(default_factory=set)
     # unit -> {(weight, in axis, out axis, bias, rows): input positions}
     readers: dict[int, dict[tuple, list[int]]] = field(default_factory=lambda: defaultdict(dict))
 
@@ -289,7 +290,9 @@ def _sum(walk: _Walk, node: fx.Node) -> Any:
     left = walk.marks.get(a) if isinstance(a, fx.Node) else None
     right = walk.marks.get(b) if isinstance(b, fx.Node) else None
     if node.target is aten.sub.Tensor and _equal(left, right):
-        return None  # what centres its input does not see a shift of all of it
+        # What centres its input does not see a shift of all of it.
+        walk.centred |= walk.units_in(left)
+        return None
     plain = node.target is aten.add.Tensor and node.kwargs.get("alpha", 1) == 1
     if not plain or (left is not None and right is not None):
         walk.fail(a, b)
@@ -440,16 +443,17 @@ def _collect(walk: _Walk) -> list[Translation]:
     for unit in sorted(seen - walk.failed):
         read = walk.readers.get(unit, {})
         key = tuple(sorted((k, len(p)) for k, p in read.items()))
+        key = key or ("mean" if unit in walk.centred else "softmax",)
         groups[(units.parameter[unit], key)].append(unit)
     order = list(walk.run.capture.names)
     found = []
     for (source, key), members in groups.items():
         readers = tuple(
             _reader(walk, k, torch.tensor([sorted(walk.readers[u][k]) for u in members]))
-            for k, _ in key
+            for k, _ in (key if members[0] in walk.readers else ())
         )
         moved = sorted({source, *(r.bias for r in readers)}, key=order.index)
-        targets = sorted({r.bias for r in readers}, key=order.index) or ["softmax"]
+        targets = sorted({r.bias for r in readers}, key=order.index) or key
         found.append(
             Translation(
                 name=f"translation: {source} -> {', '.join(targets)}",
