@@ -278,5 +278,3 @@ def _including(
 ) -> tuple[str, ...]:
     names = {*parameters, *(n for norm in norms for n in (norm.gamma, norm.beta))}
     return tuple(sorted(names, key=order.__getitem__))
-
-

@@ -81,34 +81,39 @@ def find(model: nn.Module, inputs: Any = None) -> list[Gauge]:
                 strict=False,
             )
         )
-        claims: list[tuple[Gauge, Gauge | None]] = [
-            *_diagonal(run, norms),
-            *((g, None) for g in translations(run, names, norms.values())),
-            *((g, None) for g in mean_shifts(run)),
-            *((g, None) for g in _class_shifts(run, names)),
-        ]
-        linear = [g for g, _ in claims if isinstance(g, GeneralLinear)]
-        finite = permutations(run, linear, norms.values())
-        if not claims and not finite:
+        diagonal = _diagonal(run, norms)
+        linear = [g for g, _ in diagonal if isinstance(g, GeneralLinear)]
+        shifts = translations(run, names, norms.values())
+        # Checked together: there are many, and each does one simple thing.
+        means, finite = mean_shifts(run), permutations(run, linear, norms.values())
+        classes = _class_shifts(run, names)
+        if not (diagonal or shifts or means or finite or classes):
             return []
         verifier = Verifier(model, slice_batch(inputs, 0, min(n, _CHECKED)))
-        found: list[Gauge] = []
-        for claim, weaker in claims:
-            gauge = _accepted(verifier, claim, weaker)
-            if gauge is not None:
-                found.append(gauge)
-        if finite and verifier.joint_objection(finite):
-            finite = [g for g in finite if _accepted(verifier, g, None) is not None]
-        return [*found, *finite]
+        together = not verifier.joint_objection([*means, *finite])
+
+        def kept(gauges: Iterable[Gauge], known: bool = False) -> list[Gauge]:
+            return [g for g in gauges if _accepted(verifier, g, None, known) is not None]
+
+        return [
+            *(g for c in diagonal if (g := _accepted(verifier, *c)) is not None),
+            *kept(shifts),
+            *kept(means, together),
+            *kept(classes),
+            *kept(finite, together),
+        ]
 
 
-def _accepted(verifier: Verifier, claim: Gauge, weaker: Gauge | None) -> Gauge | None:
+def _accepted(
+    verifier: Verifier, claim: Gauge, weaker: Gauge | None, known: bool = False
+) -> Gauge | None:
+    """The claim if it holds, else the weaker one; ``known``: elements were tried already."""
     if claim.dimension and not verifier.moves(claim):
         return None
-    reason = verifier.objection(claim)
+    reason = verifier.tangent_objection(claim) if known else verifier.objection(claim)
     if reason is None:
         return claim
-    warnings.warn(f"{claim.name} ({claim.group}) dropped: {reason}", UserWarning, stacklevel=4)
+    warnings.warn(f"{claim.name} ({claim.group}) dropped: {reason}", UserWarning, stacklevel=5)
     return None if weaker is None else _accepted(verifier, weaker, None)
 
 

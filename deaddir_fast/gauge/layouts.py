@@ -155,7 +155,7 @@ class Layouts:
 
     def _apply(self, node: fx.Node) -> Any:
         target, args = node.target, operands(node)
-        if target in MOVES | SAME | {operator.getitem} and args[0] in self.origin:
+        if target in {*MOVES, *SAME, operator.getitem} and args[0] in self.origin:
             self.origin[node] = self.origin[args[0]]
         if target is operator.getitem:
             found = self.of[args[0]]
@@ -241,6 +241,11 @@ def _dims(given: Any, ndim: int) -> set[int]:
     return {d % ndim for d in ([given] if isinstance(given, int) else given)} if ndim else set()
 
 
+def _dim(node: fx.Node, position: int) -> int:
+    given: Any = node.kwargs.get("dim", 0)
+    return operands(node)[position] if len(operands(node)) > position else given
+
+
 def _reduce(walk: Layouts, node: fx.Node) -> Any:
     x = operands(node)[0]
     layout, ndim = walk.layout(x), len(walk.shape(x))
@@ -286,7 +291,7 @@ def _pad(walk: Layouts, node: fx.Node) -> Layout:
 def _cat(walk: Layouts, node: fx.Node) -> Layout:
     tensors = operands(node)[0]
     ndim = len(walk.shape(node))
-    dim = (operands(node)[1] if len(operands(node)) > 1 else node.kwargs.get("dim", 0)) % ndim
+    dim = _dim(node, 1) % ndim
     inputs = [t for t in tensors if len(walk.shape(t)) == ndim]  # others are empty
     out = [_joined([walk.layout(t)[i] for t in inputs]) for i in range(ndim)]
     parts = [
@@ -333,8 +338,8 @@ def _convolution(walk: Layouts, node: fx.Node) -> Layout:
         # Channels are groups x channels of a group; one axis of the kernel has both factors.
         group = Space(groups)
         per = [walk.shape(w)[0] // groups, walk.shape(w)[1]]
-        first: Axis = [group] + ([Space(per[0])] if per[0] > 1 else [])
-        second: Axis = [group] + (kernel[1] or [])
+        first: Axis = [group, *([Space(per[0])] if per[0] > 1 else [])]
+        second: Axis = [group, *(kernel[1] or [])]
         if kernel[0] is not None:
             unify(kernel[0], first)
         inside, outside = (first, second) if transposed else (second, first)
@@ -461,7 +466,8 @@ def _segments(walk: Layouts, node: fx.Node, dim: int, bounds: list[tuple[int, in
 
 
 def _slice(walk: Layouts, node: fx.Node) -> Layout:
-    x, dim, start, stop, step = (*operands(node), *(0, None, None, 1)[len(operands(node)) - 1 :])
+    given = list(operands(node))
+    x, dim, start, stop, step = given + [None, 0, None, None, 1][len(given) :]
     shape = walk.shape(x)
     dim %= len(shape)
     layout = walk.layout(x)
@@ -477,8 +483,8 @@ def _slice(walk: Layouts, node: fx.Node) -> Layout:
 
 def _slice_scatter(walk: Layouts, node: fx.Node) -> Layout:
     """A tensor with a part of one axis replaced."""
-    given = operands(node)
-    x, part, dim, start, stop, step = (*given, *(None, None, 0, None, None, 1)[len(given) :])
+    given = list(operands(node))
+    x, part, dim, start, stop, step = given + [None, None, 0, None, None, 1][len(given) :]
     shape, layout, new = walk.shape(x), walk.layout(x), walk.layout(part)
     dim %= len(shape)
     start, stop, step = slice(start, stop, step).indices(shape[dim])
@@ -498,7 +504,7 @@ def _slice_scatter(walk: Layouts, node: fx.Node) -> Layout:
 
 def _split(walk: Layouts, node: fx.Node) -> Any:
     x, sizes = operands(node)[:2]
-    dim = operands(node)[2] if len(operands(node)) > 2 else node.kwargs.get("dim", 0)
+    dim = _dim(node, 2)
     shape, layout = walk.shape(x), walk.layout(x)
     dim %= len(shape)
     if isinstance(sizes, int):
@@ -575,4 +581,3 @@ _RULES: dict[Any, Callable[[Layouts, fx.Node], Any]] = {
     aten.embedding.default: _embedding,
     aten.mkldnn_rnn_layer.default: _lstm,
 }
-

@@ -147,8 +147,8 @@ def flow(capture: Capture, inputs: Any, moving: Mapping[fx.Node, str] | None = N
             elif node.op == "get_attr":
                 value = operator.attrgetter(node.target)(capture.module)
                 run.values[node] = value
-                known = moving is not None and node in moving
-                run.scales[node] = run.units.declare(moving[node], value) if known else []
+                label = (moving or {}).get(node)
+                run.scales[node] = [] if label is None else run.units.declare(label, value)
             elif node.op == "output":
                 for arg in node.all_input_nodes:
                     run.units.require_zero(run.scale(arg))

@@ -186,9 +186,9 @@ def _step(walk: _Walk, node: fx.Node) -> Any:
         return _sum(walk, node)
     if target is aten.cat.default:
         # An empty vector may stand for "nothing yet" among tensors of more axes.
-        args = [t for t in args[0] if walk.run.shape(t) != (0,)]
-        if len(args) == 1:
-            return walk.marks.get(args[0])
+        parts = [t for t in args[0] if walk.run.shape(t) != (0,)]
+        if len(parts) == 1:
+            return walk.marks.get(parts[0])
     if target in _MATMUL:
         return _matmul(walk, node)
     if target is aten.convolution.default:
@@ -442,7 +442,7 @@ def _collect(walk: _Walk) -> list[Translation]:
     groups: dict[tuple, list[int]] = defaultdict(list)
     for unit in sorted(seen - walk.failed):
         read = walk.readers.get(unit, {})
-        key = tuple(sorted((k, len(p)) for k, p in read.items()))
+        key: tuple = tuple(sorted((k, len(p)) for k, p in read.items()))
         key = key or ("mean" if unit in walk.centred else "softmax",)
         groups[(units.parameter[unit], key)].append(unit)
     order = list(walk.run.capture.names)

@@ -134,9 +134,10 @@ def cut(space: Space, at: int) -> bool:
 
 def segment(axis: Axis, start: int, stop: int) -> Axis | None:
     """The places ``start:stop`` of an axis as an axis; None where that cannot be told."""
-    first, *rest = factors(axis) or [None]
-    if first is None:
+    known = factors(axis)
+    if not known:
         return None
+    first, *rest = known
     inner = size(rest)
     if start % inner or stop % inner:
         return None

@@ -126,13 +126,17 @@ class Verifier:
         the parts it is summed from and to gradient times tangent, whose rounding it carries. The
         same few backward passes serve all gauges.
         """
-        categorical = gauge.likelihood == "categorical"
         for point in range(len(self._points)):
-            error = self._change([gauge], point, categorical)
+            error = self._change([gauge], point, gauge.likelihood == "categorical")
             if not error <= self._tolerance:
                 return f"a random element changes the outputs by {error:.1e} of their size"
+        return self.tangent_objection(gauge)
+
+    def tangent_objection(self, gauge: Gauge) -> str | None:
+        """The second half of ``objection``: whether the tangents are null."""
         if math.prod(gauge.algebra_shape) == 0:
             return None
+        categorical = gauge.likelihood == "categorical"
         for state, gradients in zip(self._points, self._cotangents(categorical), strict=True):
             algebra = torch.randn(gauge.algebra_shape, dtype=torch.float64, generator=self._draw)
             tangent = gauge.velocity(state, algebra)
@@ -161,12 +165,14 @@ class Verifier:
         return float(change.abs().max()) / size
 
     def joint_objection(self, gauges: Sequence[Gauge]) -> bool:
-        """Whether some of these finite gauges, which leave the outputs alone, may be false.
+        """Whether a random element of one of these gauges may change the outputs.
 
-        Their elements are tried together, in about 2 + log2 of their number evaluations: all of
+        Elements are tried together, in about 2 + log2 of their number evaluations: all of
         them at both points, then subsets that hold one and not the other of any two gauges, so
-        that errors of two that undo each other show.
+        that errors of two that undo each other show. None may be categorical.
         """
+        if not gauges:
+            return False
         trials = [(list(gauges), point) for point in range(len(self._points))]
         for bit in range(max(len(gauges) - 1, 0).bit_length()):
             subset = [g for i, g in enumerate(gauges) if i >> bit & 1]
