@@ -1,4 +1,4 @@
-"""Find the continuous symmetries of a model from the dataflow of its forward pass."""
+"""Find the symmetries of a model from the dataflow of its forward pass."""
 
 from __future__ import annotations
 
@@ -32,21 +32,28 @@ _CHECKED = 16  # samples every claim is checked on
 
 
 def find(model: nn.Module, inputs: Any = None) -> list[Gauge]:
-    """The continuous symmetries that the architecture has, each checked numerically.
+    """The symmetries that the architecture has, each checked numerically.
 
     The forward pass is captured as ATen operations, in evaluation mode. Every axis entry of
     every parameter gets an unknown log scale; each operation says which sums of them must vanish
     for it to commute; the exact null space of these equations is the group of all diagonal
     symmetries the rules can see: per-unit rescaling through ReLU-like functions, convolutions,
     pooling and flattening, gated units (up, down), the scales of normalisation layers into the
-    linear maps that follow, per-channel scales of a residual stream only where every reader and
-    writer takes part. Where units meet linear maps alone the group is the full GL(h) (deep
-    linear networks; per head for values and outputs, queries and keys). Bias shifts that later
-    biases or a softmax take back, and the shift of all class rows of the last linear map
-    (``likelihood="categorical"``), complete the list. Discrete symmetries are not gauges here.
+    linear maps that follow, scales in front of a batch norm (running statistics are constants,
+    and its two parameters make up for that), per-channel scales of a residual stream only where
+    every reader and writer takes part. Where units meet linear maps alone the group is the full
+    GL(h) (deep linear networks; per head for values and outputs, queries and keys).
 
-    A symmetry that mixes a scale with a shift (a convolution in front of an evaluation-mode batch
-    norm) is not searched for.
+    Shifts come next: of biases that later biases, batch norms or a softmax take back; of all
+    outputs of a map alike, where only norms that subtract their mean read them, or a softmax; of
+    all class rows and biases of the last linear map (``likelihood="categorical"``).
+
+    Permutations come last: units, channels, attention heads and the features of a residual
+    stream that no operation tells apart (:class:`Permutation`, of dimension 0). Those that are
+    elements of a linear group found already are left out. What is indexed by two axes of one
+    parameter at once permutes alike along the other (the hidden units of stacked experts, the
+    channels inside the groups of a grouped convolution), and experts kept in separate modules are
+    not compared.
 
     Args:
         model: any module; left exactly as it is.
@@ -54,9 +61,9 @@ def find(model: nn.Module, inputs: Any = None) -> list[Gauge]:
             made up from the first layer's shape if None. At most 16 samples are used.
 
     Returns:
-        Gauges: rescalings and general linear groups first, then translations, then class shifts.
-        Each leaves the outputs unchanged at the model's parameters and at a random point nearby.
-        A claim that fails this is dropped with a ``UserWarning``.
+        Gauges: rescalings and general linear groups first, then translations, class shifts and
+        permutations. Each leaves the outputs unchanged at the model's parameters and at a random
+        point nearby. A claim that fails this is dropped with a ``UserWarning``.
 
     Raises:
         TypeError: ``model`` is not a module.

@@ -293,7 +293,7 @@ def _cat(walk: Layouts, node: fx.Node) -> Layout:
     ndim = len(walk.shape(node))
     dim = _dim(node, 1) % ndim
     inputs = [t for t in tensors if len(walk.shape(t)) == ndim]  # others are empty
-    out = [_joined([walk.layout(t)[i] for t in inputs]) for i in range(ndim)]
+    out = [None if i == dim else _joined([walk.layout(t)[i] for t in inputs]) for i in range(ndim)]
     parts = [
         Space(walk.shape(t)[dim]) if axis is None else whole(axis)
         for t in inputs
