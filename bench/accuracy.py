@@ -24,6 +24,21 @@ TORCH = {
 }
 
 
+#: What rounding the parameters to the type that they are kept in costs a step, stochastically.
+STORED = {
+    torch.float64: 0.0,
+    torch.float32: 0.0,
+    torch.bfloat16: 2.0**-7,
+    torch.float16: 2.0**-10,
+}
+
+
+def limit(dtype: torch.dtype, *, ours: bool, stored: bool = False) -> float:
+    """The error allowed; ``stored``: results are rounded to ``dtype``."""
+    allowed = (OURS if ours else TORCH)[dtype]
+    return max(allowed, STORED[dtype]) if stored else allowed
+
+
 def error(result: Tensor, truth: Tensor, *, by_element: bool) -> float:
     """Largest relative error of an element, or relative error of the whole in root mean square.
 

@@ -93,6 +93,12 @@ CPU: tuple[Case, ...] = (
     _case("softmax_kl", FP64, n=64, c=32000, q=2),
     _case("linear_softmax_fisher", n=256, d=256, c=32000, p=2, target=3, memory=0.1, weigh=1),
     _case("linear_softmax_fisher", FP64, n=64, d=128, c=8000, p=1),
+    _case("scaled_squares_rows", k=4, o=1024, i=1024),
+    _case("scaled_squares_columns", BF16, k=4, o=1024, i=1024),
+    _case("adamw", k=4, o=1024, i=1024),
+    _case("adamw_rounded", BF16, k=4, o=1024, i=1024),
+    _case("scaled_adam", k=4, o=1024, i=1024),
+    _case("shared_adam", k=4, o=1024, i=1024),
 )
 
 GPU: tuple[Case, ...] = (
@@ -119,6 +125,15 @@ GPU: tuple[Case, ...] = (
     _case("directional_curvature", BF16, n=8192, o=4096, i=4096, p=16, compile=1),
     _case("kron_quadratic", o=4096, i=4096, p=16, compile=1),
     _case("kron_matvec", o=4096, i=4096, p=8, compile=1),
+    _case("adamw", k=8, o=4096, i=4096, share=0.8, compile=1),
+    _case("scaled_adam", k=8, o=4096, i=4096, share=0.8, compile=1),
+    _case("shared_adam", k=8, o=4096, i=4096, share=0.8, compile=1),
+    _case("scaled_squares_rows", k=8, o=4096, i=4096, share=0.8, compile=1),
+    _case("scaled_squares_columns", k=8, o=4096, i=4096, share=0.8),
+    _case("adamw_rounded", BF16, k=8, o=4096, i=4096, share=0.8),
+    _case("scaled_adam", k=64, o=768, i=770, share=0.8),
+    _case("shared_adam", BF16, k=8, o=4096, i=4096, share=0.8),
+    _case("scaled_squares_rows", BF16, k=8, o=4096, i=4096, share=0.8),
     _case("gram_packed", BF16, n=32768, i=4096),
     _case("gram_update", BF16, n=32768, i=4096),
     _case("kron_solve", FP64, o=1024, i=1024, p=8),

@@ -6,7 +6,6 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from bench import accuracy
 from bench.cases import NAMES, Case
@@ -37,24 +36,27 @@ def _rows(
 ) -> list[dict[str, Any]]:
     problem = case.of
     args = problem.build(case.sizes, Draw(case.dtype, device.name))
-    truth = problem.truth(*in_fp64(args))
+    truth = problem.result(problem.truth, in_fp64(args))
     device.free()
-    result_bytes = truth.numel() * (8 if case.dtype == torch.float64 else 4)
-    moved = sum(x.nbytes for x in args if isinstance(x, Tensor)) + result_bytes
+    moved = problem.bytes(args, truth)
 
-    def ours(*args: Any) -> Tensor:
+    def ours(*args: Any) -> Any:
         with backend("triton"):
             return problem.ours(*args)
 
     found: dict[str, dict[str, Any]] = {}
-    running: dict[str, Callable[..., Tensor]] = {}
+    running: dict[str, Callable[..., Any]] = {}
+    stored = problem.written is not None
 
-    def enter(name: str, run: Callable[..., Tensor]) -> None:
+    def enter(name: str, run: Callable[..., Any]) -> None:
         """Gate an implementation; it is timed if it passes."""
-        limit = (accuracy.OURS if name == OURS else accuracy.TORCH)[case.dtype]
+        limit = accuracy.limit(case.dtype, ours=name == OURS, stored=stored)
         row = _row(case, name, peaks, moved)
         try:
-            result, extra = device.peak_memory(lambda: run(*args))
+            given = problem.fresh(args)
+            result, extra = device.peak_memory(lambda: run(*given))
+            if problem.written is not None:
+                result = problem.written(*given)
         except NotImplementedError as error:
             if name != OURS:  # the formulation does not apply here
                 return
@@ -76,16 +78,17 @@ def _rows(
         enter(form.name, form.run)
     eager = [name for name in running if name != OURS]
     if compiled and eager:
-        once = {n: device.once(lambda n=n: running[n](*args)) for n in eager}
+        given = problem.fresh(args)
+        once = {n: device.once(lambda n=n: running[n](*given)) for n in eager}
         best = min(once, key=once.__getitem__)
         backend_name = "inductor" if device.name == "cuda" else "aot_eager"
         build = torch.compile(running[best], backend=backend_name, dynamic=False)
         name = f"torch.compile: {best}"
         enter(name, build)
         if name in running:  # the first call compiled: its peak is not that of the code
-            _, extra = device.peak_memory(lambda: build(*args))
+            _, extra = device.peak_memory(lambda: build(*given))
             found[name] |= {} if extra is None else {"extra_bytes": extra}
-    copies = cold_copies(device, args)
+    copies = cold_copies(device, problem.fresh(args))
     calls = {
         name: lambda k, run=run: run(*copies[k % len(copies)]) for name, run in running.items()
     }
@@ -100,7 +103,7 @@ def _rows(
     return list(found.values())
 
 
-def _row(case: Case, name: str, peaks: dict[str, Any], moved: int) -> dict[str, Any]:
+def _row(case: Case, name: str, peaks: dict[str, Any], moved: float) -> dict[str, Any]:
     """What is known before anything runs; ``floor`` is the time of the bound."""
     work = float(case.of.flops(case.sizes))
     row: dict[str, Any] = {

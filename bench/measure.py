@@ -57,11 +57,14 @@ class Gate:
     problem: str = ""
 
 
-def gate(case: Case, name: str, call: Callable[[], Tensor], truth: Tensor) -> Gate | None:
+def gate(
+    case: Case, name: str, run: Callable[..., Any], args: tuple[Any, ...], truth: Tensor
+) -> Gate | None:
     """Compare one implementation with the truth; None where it does not apply here."""
-    limit = (accuracy.OURS if name == OURS else accuracy.TORCH)[case.dtype]
+    stored = case.of.written is not None
+    limit = accuracy.limit(case.dtype, ours=name == OURS, stored=stored)
     try:
-        result = call()
+        result = case.of.result(run, args)
     except NotImplementedError:
         return None
     except Exception as error:  # whatever it raises is the finding
@@ -76,20 +79,18 @@ class Measured:
     def __init__(self, case: Case, threads: int) -> None:
         self.case, self.threads = case, threads
         self.args = case.of.build(case.sizes, Draw(case.dtype, "cpu"))
-        truth = case.of.truth(*in_fp64(self.args))
+        truth = case.of.result(case.of.truth, in_fp64(self.args))
         self.gates: dict[str, Gate] = {}
         racing: dict[str, Callable[[], Tensor]] = {}
         for name, run in implementations(case.of).items():
-            found = gate(case, name, call := _bind(run, self.args), truth)
+            found = gate(case, name, run, self.args, truth)
             if found is not None:
                 self.gates[name] = found
                 if not found.problem:
-                    racing[name] = call
+                    racing[name] = _bind(run, case.of.fresh(self.args))
         self.green = OURS in racing  # ours agrees with the truth
         self.race = Race((OURS, racing.pop(OURS, lambda: None)), racing)
-        wide = torch.float64 if case.dtype == torch.float64 else torch.float32
-        self.moved = sum(x.nbytes for x in self.args if isinstance(x, Tensor))
-        self.moved += truth.numel() * wide.itemsize
+        self.moved = case.of.bytes(self.args, truth)
 
     def rows(self) -> list[dict[str, Any]]:
         """One row for each implementation, as results are stored (but for `against_bound`)."""

@@ -1,11 +1,11 @@
-// A contiguous array of one of the floating types the kernels read. Knows nothing of Python.
+// A contiguous array of one of the types the kernels read. Knows nothing of Python.
 #pragma once
 
 #include <cstdint>
 
 namespace ddf {
 
-enum class Type { f64, f32, f16, bf16 };
+enum class Type { f64, f32, f16, bf16, i32 };  // the last one for indices alone
 
 struct Array {
   const void* data = nullptr;

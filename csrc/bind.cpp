@@ -73,6 +73,8 @@ nb::dict build_info() {
 
 NB_MODULE(_C, m) {
   m.doc() = "C++ CPU kernels of deaddir_fast. Arguments are contiguous CPU tensors.";
+  ddf::bind_adam(m);
+  ddf::bind_block(m);
   ddf::bind_curvature(m);
   ddf::bind_gram(m);
   ddf::bind_kron(m);

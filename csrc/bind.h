@@ -60,6 +60,8 @@ class Result {
 };
 
 // Each family of operations adds its functions to the module.
+void bind_adam(nanobind::module_& m);
+void bind_block(nanobind::module_& m);
 void bind_curvature(nanobind::module_& m);
 void bind_gram(nanobind::module_& m);
 void bind_kron(nanobind::module_& m);

@@ -1,4 +1,6 @@
 // Each operation, sent to the instruction set in use.
+#include "block_adam.h"
+#include "block_products.h"
 #include "directional_curvature.h"
 #include "directional_curvature_rank1.h"
 #include "directional_scores.h"
@@ -10,6 +12,10 @@
 #include "kron_quadratic.h"
 #include "kron_quadratic_rank1.h"
 #include "linear_softmax_fisher.h"
+#include "random_bits.h"
+#include "scaled_adam.h"
+#include "scaled_squares.h"
+#include "shared_adam.h"
 #include "softmax_fisher.h"
 #include "softmax_kl.h"
 
@@ -39,6 +45,8 @@
 
 namespace ddf {
 
+DDF_DISPATCH(block_adam, BlockAdam)
+DDF_DISPATCH(block_products, BlockProducts)
 DDF_DISPATCH(directional_curvature, DirectionalCurvature)
 DDF_DISPATCH(directional_curvature_rank1, DirectionalCurvatureRank1)
 DDF_DISPATCH(directional_scores, DirectionalScores)
@@ -49,6 +57,10 @@ DDF_DISPATCH(kron_matvec, KronMatvec)
 DDF_DISPATCH(kron_quadratic, KronQuadratic)
 DDF_DISPATCH(kron_quadratic_rank1, KronQuadraticRank1)
 DDF_DISPATCH(linear_softmax_fisher, LinearSoftmaxFisher)
+DDF_DISPATCH(random_bits, RandomBits)
+DDF_DISPATCH(scaled_adam, ScaledAdam)
+DDF_DISPATCH(scaled_squares, ScaledSquares)
+DDF_DISPATCH(shared_adam, SharedAdam)
 DDF_DISPATCH(softmax_fisher, SoftmaxFisher)
 DDF_DISPATCH(softmax_kl, SoftmaxKl)
 

@@ -40,7 +40,7 @@ struct ExchangeApi {
 };
 
 constexpr int kCpu = 1;
-constexpr uint8_t kFloat = 2, kBfloat = 4;
+constexpr uint8_t kInt = 0, kFloat = 2, kBfloat = 4;
 
 // Looked up once per type; the interpreter lock guards the table.
 const ExchangeApi* exchange_api(PyTypeObject* type) {
@@ -73,6 +73,7 @@ std::optional<Type> type_of(uint8_t code, uint8_t bits, uint16_t lanes) {
   if (code == kFloat && bits == 32) return Type::f32;
   if (code == kFloat && bits == 16) return Type::f16;
   if (code == kBfloat && bits == 16) return Type::bf16;
+  if (code == kInt && bits == 32) return Type::i32;
   return std::nullopt;
 }
 
@@ -84,16 +85,17 @@ const char* type_name(Type type) {
       return "float32";
     case Type::f16:
       return "float16";
+    case Type::i32:
+      return "int32";
     default:
       return "bfloat16";
   }
 }
 
-[[noreturn]] void wrong_type(const char* argument, const std::string& given) {
-  const std::string message = std::string(argument) +
-                              ": expected a CPU tensor of float64, float32, bfloat16 or float16, "
-                              "got " +
-                              given;
+[[noreturn]] void wrong_type(const char* argument, bool integers, const std::string& given) {
+  const std::string message = std::string(argument) + ": expected a CPU tensor of " +
+                              (integers ? "int32" : "float64, float32, bfloat16 or float16") +
+                              ", got " + given;
   throw nb::type_error(message.c_str());
 }
 
@@ -130,18 +132,18 @@ nb::builtin_exception argument_error(const char* argument, const std::string& ex
   return nb::value_error(message.c_str());
 }
 
-TensorView::TensorView(nb::handle object, const char* argument, bool writable)
+TensorView::TensorView(nb::handle object, const char* argument, bool writable, bool integers)
     : argument_(argument) {
   Tensor t{};
   int64_t fallback_strides[kMaxDims];
   if (const ExchangeApi* api = exchange_api(Py_TYPE(object.ptr()))) {
     if (api->tensor_from_object(object.ptr(), &t))
-      wrong_type(argument, kind_of(object) + " (" + pending_error() + ")");
+      wrong_type(argument, integers, kind_of(object) + " (" + pending_error() + ")");
   } else {
     fallback_ = as_ndarray(object, writable);
     if (!fallback_)
-      wrong_type(argument, (writable ? "unwritable or unreadable " : "unreadable ") +
-                               kind_of(object));
+      wrong_type(argument, integers,
+                 (writable ? "unwritable or unreadable " : "unreadable ") + kind_of(object));
     const auto& array = *fallback_;
     if (array.ndim() > kMaxDims)
       throw argument_error(argument, "at most 8 dimensions", std::to_string(array.ndim()));
@@ -154,9 +156,9 @@ TensorView::TensorView(nb::handle object, const char* argument, bool writable)
     t.strides = fallback_strides;
   }
 
-  if (t.device.type != kCpu) wrong_type(argument, kind_of(object) + " on another device");
+  if (t.device.type != kCpu) wrong_type(argument, integers, kind_of(object) + " on another device");
   const auto type = type_of(t.dtype.code, t.dtype.bits, t.dtype.lanes);
-  if (!type) wrong_type(argument, kind_of(object));
+  if (!type || (*type == Type::i32) != integers) wrong_type(argument, integers, kind_of(object));
   if (t.ndim > kMaxDims)
     throw argument_error(argument, "at most 8 dimensions", std::to_string(t.ndim));
 

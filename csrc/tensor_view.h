@@ -20,8 +20,10 @@ namespace ddf {
 class TensorView {
  public:
   // Throws TypeError or ValueError, naming `argument`, unless `object` is a contiguous CPU array
-  // of fp64, fp32, bf16 or fp16. Valid while `object` lives and the view itself does.
-  TensorView(nanobind::handle object, const char* argument, bool writable = false);
+  // of fp64, fp32, bf16 or fp16 (or, asked for, of int32). Valid while `object` lives and the view
+  // itself does.
+  TensorView(nanobind::handle object, const char* argument, bool writable = false,
+             bool integers = false);
 
   int ndim() const { return ndim_; }
   int64_t size(int dim) const { return shape_[dim]; }

@@ -1,6 +1,6 @@
 """Dead directions of neural networks and Watanabe's (λ, m, ν), from forward and backward passes."""
 
-from deaddir_fast import gauge, ops, theory
+from deaddir_fast import gauge, ops, optim, theory
 from deaddir_fast._backend import backend
 from deaddir_fast.fisher.factors import KronFactors, LayerFactors
 from deaddir_fast.fisher.kron import kron_factors
@@ -70,6 +70,7 @@ __all__ = [
     "layer_curvature",
     "leading_scores",
     "ops",
+    "optim",
     "point_curvature",
     "prior_exponents",
     "ray_curvature",

@@ -21,9 +21,10 @@ class Case:
 
     ``aligned`` names the pointers and integers that a launch finds divisible by 16, as the
     just-in-time compiler would. ``unit`` is the type of the products, "bf16", "fp16", "fp32" or
-    "fp64": it decides which instruction must appear. ``helpers`` are the jit functions that the
-    kernel calls. ``shared_bound`` is the shared memory in bytes by which configurations are pruned:
-    the code may need no more (0: nothing is promised).
+    "fp64", or what else the kernel does: it decides which instruction must appear. ``helpers`` are
+    the jit functions that the kernel calls. ``shared_bound`` is the shared memory in bytes by which
+    configurations are pruned: the code may need no more (0: nothing is promised). ``fusion`` allows
+    fused multiply-adds.
     """
 
     kernel: Any
@@ -36,6 +37,7 @@ class Case:
     unit: str
     helpers: tuple[Any, ...] = ()
     shared_bound: int = 0
+    fusion: bool = True
 
     @property
     def name(self) -> str:

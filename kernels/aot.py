@@ -53,6 +53,9 @@ def _nvidia(name: str, arch: int, shared_limit: int, bf16: str, fp16: str) -> Ta
         "fp64": Unit(r"mma\.sync\S*\.f64|fma\.rn\.f64", r"wgmma|tcgen05|tf32"),
         # no products of matrices: exponentials and sums
         "elementwise": Unit(r"ex2\.approx|fma\.rn\.f64", r"mma\.sync|wgmma|tcgen05"),
+        # bound by memory: loads of 16 bytes a lane; or sums of a few numbers
+        "vectors": Unit(r"ld\.global\S*\.v(4\.b32|2\.b64)", r"mma\.sync|wgmma|tcgen05"),
+        "sums": Unit(r"add(\.rn)?\.f(32|64)", r"mma\.sync|wgmma|tcgen05"),
     }
     return Target(name, "cuda", arch, 32, shared_limit, units)
 
@@ -74,6 +77,8 @@ TARGETS = (
             "fp32": Unit(r"v_mfma_f32_\d+x\d+x\d+_?f32", r"v_mfma\w*(xf32|bf16|_f16)"),
             "fp64": Unit(r"v_mfma_f64_\d+x\d+x\d+_?f64", r"v_mfma_f32"),
             "elementwise": Unit(r"v_exp_f32|v_fma\w*_f64", r"v_mfma"),
+            "vectors": Unit(r"(global|buffer)_load_dwordx4", r"v_mfma"),
+            "sums": Unit(r"v_(pk_)?add_f(32|64)", r"v_mfma"),
         },
     ),
 )
@@ -131,7 +136,8 @@ def compile_case(case: Case, target: Target) -> Outcome:
     signature = {n: "constexpr" if n in case.constants else case.signature[n] for n in names}
     aligned = {(names.index(n),): [["tt.divisibility", 16]] for n in case.aligned}
     source = ASTSource(case.kernel, signature, dict(case.constants), aligned)
-    options = {"num_warps": case.warps, "num_stages": case.stages, "enable_fp_fusion": True}
+    options = {"num_warps": case.warps, "num_stages": case.stages}
+    options["enable_fp_fusion"] = case.fusion
     try:
         compiled = triton.compile(
             source, target=GPUTarget(target.backend, target.arch, target.lanes), options=options

@@ -3,12 +3,12 @@
 `bench.cases` gives them sizes.
 """
 
-from bench.problems import curvature, gram, kron, softmax
+from bench.problems import adam, curvature, gram, kron, softmax
 from bench.problems._problem import Form, Problem
 
 PROBLEMS: dict[str, Problem] = {
     problem.name: problem
-    for module in (gram, kron, curvature, softmax)
+    for module in (gram, kron, curvature, softmax, adam)
     for problem in module.PROBLEMS
 }
 

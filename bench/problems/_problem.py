@@ -40,7 +40,7 @@ class Form:
 
     name: str
     why: str
-    run: Callable[..., Tensor]
+    run: Callable[..., Any]
 
 
 @dataclass(frozen=True)
@@ -52,19 +52,47 @@ class Problem:
     the bytes that must move are those of inputs and result. ``by_element`` measures the error of
     each element (results that are sums of positive terms), else of the whole (relative RMS).
     ``small`` are sizes for checks; ``registered`` turns the arguments into those of the operator
-    in ``torch.ops.deaddir``.
+    in ``torch.ops.deaddir``. ``contiguous``: it takes no strided arguments.
+
+    Where ``written`` is given, ``ours``, ``truth`` and the forms write to their arguments and
+    return nothing: it makes the result of the arguments afterwards. ``moved`` gives the bytes that
+    have to move, from the arguments, where they are not those of inputs and result.
     """
 
     name: str
     op: str
     build: Callable[[Sizes, Draw], tuple[Any, ...]]
-    ours: Callable[..., Tensor]
-    truth: Callable[..., Tensor]
+    ours: Callable[..., Any]
+    truth: Callable[..., Any]
     flops: Callable[[Sizes], float]
     small: tuple[Sizes, ...]
     by_element: bool
     forms: tuple[Form, ...] = ()
     registered: Callable[..., tuple[Any, ...]] = field(default=lambda *args: args)
+    contiguous: bool = False
+    written: Callable[..., Tensor] | None = None
+    moved: Callable[[tuple[Any, ...]], float] | None = None
+
+    def result(self, run: Callable[..., Any], args: tuple[Any, ...]) -> Tensor:
+        """What ``run`` makes of the arguments, which stay as they are."""
+        if self.written is None:
+            return run(*args)
+        copies = self.fresh(args)
+        run(*copies)
+        return self.written(*copies)
+
+    def fresh(self, args: tuple[Any, ...]) -> tuple[Any, ...]:
+        """Arguments that may be written."""
+        if self.written is None:
+            return args
+        return tuple(x.clone() if isinstance(x, Tensor) else x for x in args)
+
+    def bytes(self, args: tuple[Any, ...], truth: Tensor) -> float:
+        """Bytes that have to move."""
+        if self.moved is not None:
+            return self.moved(args)
+        inputs = sum(x.nbytes for x in args if isinstance(x, Tensor))
+        return inputs + truth.numel() * (8 if args[0].dtype == torch.float64 else 4)
 
 
 def wide(x: Tensor) -> Tensor:
@@ -73,8 +101,8 @@ def wide(x: Tensor) -> Tensor:
 
 
 def in_fp64(args: tuple[Any, ...]) -> tuple[Any, ...]:
-    """The same arguments in fp64, exactly."""
-    return tuple(x.double() if isinstance(x, Tensor) else x for x in args)
+    """The same arguments in fp64, exactly; whole numbers stay what they are."""
+    return tuple(x.double() if isinstance(x, Tensor) and x.is_floating_point() else x for x in args)
 
 
 def chunks(length: int, step: int) -> Iterator[slice]:

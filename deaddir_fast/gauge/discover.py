@@ -5,12 +5,14 @@ from __future__ import annotations
 import math
 import warnings
 from collections import defaultdict
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, fx, nn
+from torch.utils import _pytree as pytree
 
 from deaddir_fast import _check
 from deaddir_fast.gauge import batch_norm
@@ -20,15 +22,22 @@ from deaddir_fast.gauge.inputs import made_up
 from deaddir_fast.gauge.linear import GeneralLinear
 from deaddir_fast.gauge.permuting import permutations
 from deaddir_fast.gauge.rescaling import Rescaling, Slot
-from deaddir_fast.gauge.scaling import MOVES, SAME, Flow, aten, flow, operands
+from deaddir_fast.gauge.scaling import MOVES, SAME, Flow, aten, flow, grouped, operands, rule_of
 from deaddir_fast.gauge.shift import ClassShift
 from deaddir_fast.gauge.shifting import translations
+from deaddir_fast.gauge.turning import turned
 from deaddir_fast.gauge.units import Term
 from deaddir_fast.gauge.verify import Verifier, at_rest
 from deaddir_fast.nets.graph import batch_size, capture, slice_batch
 
 _TRACED = 2  # samples the dataflow is followed on
-_CHECKED = 16  # samples every claim is checked on
+_CHECKED = 16  # samples every claim is checked on, at most
+_WORK = 5e9  # multiplications a forward pass of the check may take if two samples take fewer
+
+
+_PRODUCTS = {aten.mm.default, aten.bmm.default, aten.addmm.default, aten.baddbmm.default}
+# A parameter, its axes and the exponent with which it takes part: what becomes a slot.
+_Place = tuple[str, tuple[int, ...], int, int]
 
 
 def find(model: nn.Module, inputs: Any = None) -> list[Gauge]:
@@ -77,51 +86,82 @@ def find(model: nn.Module, inputs: Any = None) -> list[Gauge]:
         n = batch_size(inputs)
         if not any(True for _ in model.parameters()) or n == 0:
             return []
-        few = slice_batch(inputs, 0, min(n, _TRACED))
-        captured = capture(model, few)
-        norms = {site.label: site for site in batch_norm.sites(captured)}
-        run = flow(captured, few, {site.buffer: label for label, site in norms.items()})
-        names = dict(
-            zip(
-                (v for v in run.capture.graph.nodes if v.op == "placeholder"),
-                run.capture.names,
-                strict=False,
-            )
-        )
-        diagonal = _diagonal(run, norms)
-        linear = [g for g, _ in diagonal if isinstance(g, GeneralLinear)]
-        shifts = translations(run, names, norms.values())
-        # Checked together: there are many, and each does one simple thing.
-        means, finite = mean_shifts(run), permutations(run, linear, norms.values())
-        classes = _class_shifts(run, names)
-        if not (diagonal or shifts or means or finite or classes):
+        claims, samples = _claims(model, slice_batch(inputs, 0, min(n, _TRACED)))
+        if not claims:
             return []
-        verifier = Verifier(model, slice_batch(inputs, 0, min(n, _CHECKED)))
-        together = not verifier.joint_objection([*means, *finite])
-
-        def kept(gauges: Iterable[Gauge], known: bool = False) -> list[Gauge]:
-            return [g for g in gauges if _accepted(verifier, g, None, known) is not None]
-
-        return [
-            *(g for c in diagonal if (g := _accepted(verifier, *c)) is not None),
-            *kept(shifts),
-            *kept(means, together),
-            *kept(classes),
-            *kept(finite, together),
-        ]
+        return verified(Verifier(model, slice_batch(inputs, 0, min(n, samples))), claims)
 
 
-def _accepted(
-    verifier: Verifier, claim: Gauge, weaker: Gauge | None, known: bool = False
-) -> Gauge | None:
-    """The claim if it holds, else the weaker one; ``known``: elements were tried already."""
-    if claim.dimension and not verifier.moves(claim):
-        return None
-    reason = verifier.tangent_objection(claim) if known else verifier.objection(claim)
-    if reason is None:
-        return claim
-    warnings.warn(f"{claim.name} ({claim.group}) dropped: {reason}", UserWarning, stacklevel=5)
-    return None if weaker is None else _accepted(verifier, weaker, None)
+def _claims(model: nn.Module, few: Any) -> tuple[list[tuple[Gauge, Gauge | None]], int]:
+    """What the rules find on few samples, and on how many to check it."""
+    run, norms = _followed(model, few)
+    traced = batch_size(few)
+    if run.unseen and run.repeat > 1:
+        traced *= run.repeat
+        run, norms = _followed(model, pytree.tree_map(partial(_repeated, times=run.repeat), few))
+    names = dict(
+        zip(
+            (v for v in run.capture.graph.nodes if v.op == "placeholder"),
+            run.capture.names,
+            strict=False,
+        )
+    )
+    diagonal = _diagonal(run, norms)
+    linear = [g for g, _ in diagonal if isinstance(g, GeneralLinear)]
+    others: list[Gauge] = [
+        *translations(run, names, norms.values()),
+        *mean_shifts(run),
+        *_class_shifts(run, names),
+        *permutations(run, linear, norms.values()),
+    ]
+    claims = [*diagonal, *((g, None) for g in others)]
+    products = sum(_multiplications(run, node) for node in run.capture.graph.nodes)
+    samples = int(_WORK / max(products / traced, 1.0))
+    return claims, min(_CHECKED, max(_TRACED, samples))
+
+
+def _followed(model: nn.Module, few: Any) -> tuple[Flow, dict[str, batch_norm.Site]]:
+    """The forward pass, and its batch norms by what stands for their running means."""
+    captured = capture(model, few)
+    norms = {site.label: site for site in batch_norm.sites(captured)}
+    return flow(captured, few, {site.buffer: label for label, site in norms.items()}), norms
+
+
+def _repeated(x: Any, times: int) -> Any:
+    return x.repeat(times, *[1] * (x.ndim - 1)) if isinstance(x, Tensor) else x
+
+
+def _multiplications(run: Flow, node: fx.Node) -> int:
+    """Multiplications, about, of a matrix product or convolution."""
+    if node.op != "call_function":
+        return 0
+    outputs = math.prod(run.shape(node))
+    if node.target is aten.convolution.default:
+        return outputs * math.prod(run.shape(operands(node)[1])[1:])
+    if node.target in _PRODUCTS:
+        return outputs * run.shape(operands(node)[-2])[-1]
+    if rule_of(node.target) is grouped:
+        return outputs * run.shape(operands(node)[0])[-1]
+    return 0
+
+
+def verified(verifier: Verifier, claims: Sequence[tuple[Gauge, Gauge | None]]) -> list[Gauge]:
+    """The claims that stand, each replaced by its weaker form (or none) where it does not.
+
+    Claims that move nothing at a generic point are left out; false ones with a ``UserWarning``.
+    """
+    moving = verifier.moves([claim for claim, _ in claims])
+    kept = [pair for pair, moves in zip(claims, moving, strict=True) if moves]
+    reasons = verifier.objections([claim for claim, _ in kept])
+    found: list[Gauge] = []
+    for (claim, weaker), reason in zip(kept, reasons, strict=True):
+        if reason is None:
+            found.append(claim)
+            continue
+        warnings.warn(f"{claim.name} ({claim.group}) dropped: {reason}", UserWarning, stacklevel=3)
+        if weaker is not None:
+            found += verified(verifier, [(weaker, None)])
+    return found
 
 
 def _modules(parameters: Iterable[str]) -> str:
@@ -135,13 +175,13 @@ def _diagonal(run: Flow, norms: Mapping[str, batch_norm.Site]) -> list[tuple[Gau
     taken: dict[tuple, list[set[int]]] = defaultdict(list)
     alike: dict[tuple, list[dict[int, int]]] = defaultdict(list)
     for vector in (_oriented(run, v) for basis in units.solve() for v in basis):
-        touched: dict[tuple[str, int, int], int] = defaultdict(int)
+        touched: dict[_Place, int] = defaultdict(int)
         for v, exponent in vector.items():
-            touched[(units.parameter[v], units.axis[v], exponent)] += 1
+            touched[(units.parameter[v], units.outer[v], units.axis[v], exponent)] += 1
         positive = bool(units.positive[list(vector)].any())
         alike[(tuple(sorted(touched.items())), positive)].append(vector)
     for (touches, positive), vectors in alike.items():
-        if positive and any(p in norms for (p, _, _), _ in touches):
+        if positive and any(p in norms for (p, *_), _ in touches):
             positive = batch_norm.kinked(units, vectors)
         key = (touches, positive)
         for vector in vectors:
@@ -162,7 +202,11 @@ def _diagonal(run: Flow, norms: Mapping[str, batch_norm.Site]) -> list[tuple[Gau
             for part in parts:
                 by_size[len(part)].append(part)
         for size, same in sorted(by_size.items()):
-            claims.append(_claim(run, same, size, positive, norms))
+            claim, weaker = _claim(run, same, size, positive, norms)
+            if isinstance(claim, Rescaling) and not isinstance(claim, batch_norm.NormRescaling):
+                claims += turned(run, claim)
+            else:
+                claims.append((claim, weaker))
     order = {name: i for i, name in enumerate(run.capture.names)}
     return sorted(claims, key=lambda c: order[c[0].parameters[0]])
 
@@ -182,16 +226,14 @@ def _claim(
     norms: Mapping[str, batch_norm.Site],
 ) -> tuple[Gauge, Gauge | None]:
     units, h = run.units, len(blocks) * size
-    entries: dict[tuple[str, int, int], list[list[int]]] = defaultdict(
-        lambda: [[] for _ in range(h)]
-    )
+    entries: dict[_Place, list[list[int]]] = defaultdict(lambda: [[] for _ in range(h)])
     folded: dict[str, batch_norm.Norm] = {}
     for j, vector in enumerate(u for block in blocks for u in block):
         for v, exponent in vector.items():
             if units.parameter[v] in norms:
                 folded[units.parameter[v]] = norms[units.parameter[v]].norm
                 continue
-            slot = (units.parameter[v], units.axis[v], exponent)
+            slot = (units.parameter[v], units.outer[v], units.axis[v], exponent)
             entries[slot][j].append(units.index[v])
     order = {name: i for i, name in enumerate(run.capture.names)}
     slots = tuple(
@@ -199,10 +241,15 @@ def _claim(
             p,
             axis,
             torch.tensor([sorted(x) for x in at]),
-            run.capture.parameters[p].shape[axis] if run.capture.parameters[p].ndim else 1,
+            math.prod(run.capture.parameters[p].shape[a] for a in (*outer, axis))
+            if run.capture.parameters[p].ndim
+            else 1,
             e,
+            outer,
         )
-        for (p, axis, e), at in sorted(entries.items(), key=lambda s: (order[s[0][0]], s[0][1:]))
+        for (p, outer, axis, e), at in sorted(
+            entries.items(), key=lambda s: (order[s[0][0]], s[0][1:])
+        )
     )
     parameters = tuple(dict.fromkeys(s.parameter for s in slots))
     ends = [_modules(s.parameter for s in slots if s.exponent * sign > 0) for sign in (1, -1)]

@@ -24,8 +24,8 @@ class GeneralLinear(Gauge):
 
     def _check_element(self, element: Tensor) -> Tensor:
         self._check_shape("element", element)
-        smallest = torch.linalg.svdvals(element.to(torch.float64))[..., -1]
-        if not bool((smallest > 0).all()):
+        singular = torch.linalg.inv_ex(element.to(torch.float64)).info.any()
+        if bool(singular) or not bool(element.isfinite().all()):
             raise _check.fail("element", element, f"invertible blocks for {self.name!r}")
         return element
 
@@ -51,23 +51,25 @@ class GeneralLinear(Gauge):
         return torch.matrix_exp(algebra)
 
     def _mix(self, w: Tensor, slot: Slot, matrix: Tensor) -> Tensor:
-        """Blocks of ``matrix`` applied along the slot's axis; zero outside the units."""
+        """Blocks of ``matrix`` applied along the slot's axes; zero outside the units."""
         blocks, d, _ = self.shape
         order = slot.positions.reshape(-1).to(w.device)
         m = slot.positions.shape[1]
-        units = w.movedim(slot.axis, -1)[..., order].unflatten(-1, (blocks, d, m))
+        last = tuple(range(-len(slot.axes), 0))
+        flat = w.movedim(slot.axes, last).flatten(last[0])
+        units = flat[..., order].unflatten(-1, (blocks, d, m))
         mixed = torch.einsum("bij,...bjm->...bim", matrix.to(w), units).flatten(-3)
         place = torch.full((slot.size,), order.numel())
         place[slot.positions.reshape(-1)] = torch.arange(order.numel())
-        return spread(mixed, place, 0.0).movedim(-1, slot.axis)
+        extents = [w.shape[a] for a in slot.axes]
+        return spread(mixed, place, 0.0).unflatten(-1, extents).movedim(last, slot.axes)
 
     def _act(self, state: State, element: Tensor) -> dict[str, Tensor]:
         inverse = torch.linalg.inv(element).mT
         moved: dict[str, Tensor] = {}
         for slot in self.slots:
             w = moved.get(slot.parameter, state[slot.parameter])
-            inside = (slot.unit_of() < slot.positions.shape[0]).to(w.device)
-            inside = inside.reshape([-1 if a == slot.axis else 1 for a in range(w.ndim)])
+            inside = slot.broadcast((slot.unit_of() < slot.positions.shape[0]).to(w.device), w)
             mixed = self._mix(w, slot, element if slot.exponent > 0 else inverse)
             moved[slot.parameter] = torch.where(inside, mixed, w)
         return moved

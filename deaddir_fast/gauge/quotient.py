@@ -2,37 +2,52 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 from torch import Tensor
 
 from deaddir_fast import _check
 from deaddir_fast.gauge.base import Gauge, State
+from deaddir_fast.gauge.frame import frame, read_by
+
+Names = Callable[[Gauge], tuple[str, ...]]
+Batch = dict[str, Tensor]  # name -> (p, *shape)
+Map = Callable[[Batch], Batch]
+METRICS = ("euclidean", "invariant")
 
 
-def _clusters(gauges: Sequence[Gauge]) -> list[list[Gauge]]:
+def _moved(gauge: Gauge) -> tuple[str, ...]:
+    return gauge.parameters
+
+
+def clusters(gauges: Sequence[Gauge], names: Names = _moved) -> list[list[Gauge]]:
     """Gauges that share no parameter have orthogonal tangents and are treated apart."""
-    clusters: list[tuple[set[str], list[Gauge]]] = []
+    joined: list[tuple[set[str], list[Gauge]]] = []
     for gauge in gauges:
-        names = set(gauge.parameters)
-        touching = [c for c in clusters if c[0] & names]
-        clusters = [c for c in clusters if not c[0] & names]
-        joined = [g for c in touching for g in c[1]]
-        clusters.append((names.union(*(c[0] for c in touching)), [*joined, gauge]))
-    return [members for _, members in clusters]
+        own = set(names(gauge))
+        touching = [c for c in joined if c[0] & own]
+        joined = [c for c in joined if not c[0] & own]
+        members = [g for c in touching for g in c[1]]
+        joined.append((own.union(*(c[0] for c in touching)), [*members, gauge]))
+    return [members for _, members in joined]
 
 
-def _names(cluster: Sequence[Gauge]) -> list[str]:
-    return list(dict.fromkeys(n for g in cluster for n in g.parameters))
+def _names(cluster: Sequence[Gauge], names: Names = _moved) -> list[str]:
+    return list(dict.fromkeys(n for g in cluster for n in names(g)))
 
 
-def _basis(cluster: Sequence[Gauge], state: State, tolerance: float | None) -> Tensor:
-    """(q, N) orthonormal rows spanning the tangents, over the cluster's parameters in order."""
-    names = _names(cluster)
+def _basis(
+    cluster: Sequence[Gauge],
+    state: State,
+    tolerance: float | None,
+    names: Sequence[str],
+    white: Map,
+) -> Tensor:
+    """(q, N) orthonormal rows spanning ``white`` of the tangents, over ``names`` in order."""
     rows = []
     for gauge in cluster:
-        moved = gauge.tangents(state)
+        moved = white(gauge.tangents(state))
         parts = [
             moved[n].flatten(1)
             if n in moved
@@ -40,7 +55,11 @@ def _basis(cluster: Sequence[Gauge], state: State, tolerance: float | None) -> T
             for n in names
         ]
         rows.append(torch.cat(parts, 1))
-    matrix = torch.cat(rows)
+    return row_space(torch.cat(rows), tolerance)
+
+
+def row_space(matrix: Tensor, tolerance: float | None) -> Tensor:
+    """Orthonormal rows spanning those of ``matrix`` (r, N)."""
     # Rows of unit length: the rank should not depend on how large the weights are.
     lengths = matrix.norm(dim=1)
     matrix = matrix[lengths > 0] / lengths[lengths > 0, None]
@@ -55,7 +74,8 @@ def _basis(cluster: Sequence[Gauge], state: State, tolerance: float | None) -> T
     return basis[sizes > tolerance * sizes[0]]
 
 
-def _check_gauges(gauges: Sequence[Gauge]) -> None:
+def check_gauges(gauges: Sequence[Gauge]) -> None:
+    """Refuse anything but gauges."""
     for gauge in gauges:
         if not isinstance(gauge, Gauge):
             raise _check.fail("gauges", gauge, "a sequence of Gauge", TypeError)
@@ -80,10 +100,10 @@ def orthonormal_tangents(
     Returns:
         ({name: (q, *shape)}, q): q orthonormal directions over the parameters the gauges move.
     """
-    _check_gauges(gauges)
+    check_gauges(gauges)
     if tolerance is not None:
         _check.positive("tolerance", tolerance)
-    bases = [(c, _basis(c, state, tolerance)) for c in _clusters(gauges)]
+    bases = [(c, _basis(c, state, tolerance, _names(c), dict)) for c in clusters(gauges)]
     rank = sum(b.shape[0] for _, b in bases)
     out: dict[str, Tensor] = {}
     start = 0
@@ -105,14 +125,23 @@ def project_out(
     gauges: Sequence[Gauge],
     state: State,
     *,
+    metric: str | Mapping[str, Tensor] = "euclidean",
     tolerance: float | None = None,
 ) -> dict[str, Tensor]:
-    """Remove from directions their Euclidean projection onto the orbit tangents.
+    """Remove from directions their projection onto the orbit tangents, orthogonal in a metric.
+
+    Two states of one orbit have different Euclidean complements: what is projected out there
+    depends on the gauge. In the invariant metric it does not: the projection at h θ of a direction
+    moved by h is the projection at θ moved by h.
 
     Args:
         directions: {name: (p, *shape)}; a missing parameter is zero.
         gauges: as returned by ``find``; leave out those of another likelihood.
         state: parameter name to tensor, the point at which tangents are taken.
+        metric: ``"euclidean"``; ``"invariant"``, the metric <x, y> = <A x, A y> of ``frame`` (for
+            rescalings Σ x_e y_e / f_e², f moving with the group; for GL blocks tr Xᵀ S⁻¹ Y with
+            S the Gram matrix of the writers; for translations the readers' biases count as
+            effective ones); or {name: positive weights w}, Σ w_e x_e y_e, missing names w = 1.
         tolerance: as for ``orthonormal_tangents``.
 
     Returns:
@@ -120,11 +149,66 @@ def project_out(
         that meets one of them: the part orthogonal to all orbits. Lengths are not restored.
 
     Raises:
-        ValueError: a direction's name is not in ``state`` or its shape does not fit.
+        ValueError: a direction's name is not in ``state`` or its shape does not fit; the metric
+            is none of these; no invariant metric exists at this state (``Frame.remarks``).
     """
-    _check_gauges(gauges)
+    check_gauges(gauges)
     if tolerance is not None:
         _check.positive("tolerance", tolerance)
+    invariant = isinstance(metric, str) and _check.choice("metric", metric, METRICS) == METRICS[1]
+    weights = {} if isinstance(metric, str) else _checked_weights(metric, state)
+    p = _checked_directions(directions, state)
+    out = dict(directions)
+    names_of = read_by if invariant else _moved
+    for cluster in clusters(gauges, names_of):
+        names = _names(cluster, names_of)
+        if not any(n in directions for n in names):
+            continue
+        if invariant:
+            moving = frame(state, cluster)
+            if moving.remarks:
+                raise ValueError(f"metric: no invariant one here, {'; '.join(moving.remarks)}")
+            white: Map = moving.push
+            back: Map = moving.pull
+        else:
+            roots = {n: weights[n].sqrt() for n in names if n in weights}
+            white, back = _weighted(roots), _weighted({n: 1 / r for n, r in roots.items()})
+        basis = _basis(cluster, state, tolerance, names, white)
+        full = {n: directions[n] if n in directions else _zeros(state[n], p) for n in names}
+        whitened = white(full)
+        flat = torch.cat([whitened[n].flatten(1) for n in names], 1)
+        for _ in range(2):  # the second pass removes what rounding left of the first
+            flat = flat - (flat @ basis.T) @ basis
+        sizes = [state[n].numel() for n in names]
+        parts = zip(names, flat.split(sizes, 1), strict=True)
+        out |= back({n: part.reshape(p, *state[n].shape) for n, part in parts})
+    return out
+
+
+def _zeros(value: Tensor, p: int) -> Tensor:
+    return value.new_zeros(p, *value.shape)
+
+
+def _weighted(roots: Mapping[str, Tensor]) -> Map:
+    return lambda batch: {n: v * roots[n] if n in roots else v for n, v in batch.items()}
+
+
+def _checked_weights(metric: Mapping[str, Tensor], state: State) -> Mapping[str, Tensor]:
+    if not isinstance(metric, Mapping):
+        raise _check.fail("metric", metric, "'euclidean', 'invariant' or a mapping", TypeError)
+    for name, value in metric.items():
+        if name not in state:
+            raise ValueError(f"metric: no parameter called {name!r} in the state")
+        _check.tensor(f"metric[{name!r}]", value)
+        if value.shape != state[name].shape:
+            raise _check.fail(f"metric[{name!r}]", value, f"shape {tuple(state[name].shape)}")
+        if not bool((value.isfinite() & (value > 0)).all()):
+            raise ValueError(f"metric[{name!r}]: expected finite positive weights")
+    return metric
+
+
+def _checked_directions(directions: Mapping[str, Tensor], state: State) -> int:
+    """The common number of directions."""
     counts = set()
     for name, value in directions.items():
         if name not in state:
@@ -138,23 +222,4 @@ def project_out(
         raise ValueError(
             f"directions: expected one common number of directions, got {sorted(counts)}"
         )
-    out = dict(directions)
-    for cluster in _clusters(gauges):
-        names = _names(cluster)
-        if not any(n in directions for n in names):
-            continue
-        basis = _basis(cluster, state, tolerance)
-        p = counts.copy().pop()
-        parts = [
-            directions[n].flatten(1) if n in directions else state[n].new_zeros(p, state[n].numel())
-            for n in names
-        ]
-        flat = torch.cat(parts, 1)
-        for _ in range(2):  # the second pass removes what rounding left of the first
-            flat = flat - (flat @ basis.T) @ basis
-        column = 0
-        for n in names:
-            size = state[n].numel()
-            out[n] = flat[:, column : column + size].reshape(p, *state[n].shape)
-            column += size
-    return out
+    return counts.pop() if counts else 0

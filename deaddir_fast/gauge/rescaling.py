@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from deaddir_fast import _check
-from deaddir_fast.gauge.base import Gauge, State, along, spread
+from deaddir_fast.gauge.base import Gauge, State, spread
 
 
 @dataclass(frozen=True, eq=False)
@@ -22,6 +22,9 @@ class Slot:
         positions: (h, m) long; unit ``j`` owns the entries ``positions[j]`` of the axis.
         size: extent of the axis.
         exponent: the parameter scales as ``c_j ** exponent``; -1 for readers of the units.
+        outer: axes before ``axis`` whose entries have units of their own (the experts of a
+            parameter that stacks them); positions and size then refer to ``(*outer, axis)``
+            flattened into one.
     """
 
     parameter: str
@@ -29,6 +32,16 @@ class Slot:
     positions: Tensor
     size: int
     exponent: int
+    outer: tuple[int, ...] = ()
+
+    @property
+    def axes(self) -> tuple[int, ...]:
+        """The axes that positions index, flattened in this order."""
+        return (*self.outer, self.axis)
+
+    def broadcast(self, entries: Tensor, w: Tensor) -> Tensor:
+        """View one value per entry so that it multiplies the parameter ``w``."""
+        return entries.reshape([s if a in self.axes else 1 for a, s in enumerate(w.shape)])
 
     def unit_of(self) -> Tensor:
         """(size,) long: the unit that owns each entry, h where none does."""
@@ -82,16 +95,14 @@ class Rescaling(Gauge):
         for slot in self.slots:
             w = moved.get(slot.parameter, state[slot.parameter])
             factor = spread(element**slot.exponent, slot.unit_of(), 1.0)
-            moved[slot.parameter] = w * along(factor.to(w), slot.axis, w.ndim)
+            moved[slot.parameter] = w * slot.broadcast(factor.to(w), w)
         return moved
 
     def _velocity(self, state: State, algebra: Tensor) -> dict[str, Tensor]:
         rates: dict[str, Tensor] = {}
         for slot in self.slots:
             w = state[slot.parameter]
-            rate = along(
-                spread(algebra * slot.exponent, slot.unit_of(), 0.0).to(w), slot.axis, w.ndim
-            )
+            rate = slot.broadcast(spread(algebra * slot.exponent, slot.unit_of(), 0.0).to(w), w)
             rates[slot.parameter] = (
                 rates[slot.parameter] + rate if slot.parameter in rates else rate
             )

@@ -30,6 +30,7 @@ _AXIS_MOVES = {
     aten.t.default,
     aten.unsqueeze.default,
 }
+_STACK_MOVES = {aten.permute.default, aten.transpose.int, aten.view.default}
 _KINKED = {aten.relu.default, aten.abs.default}
 _COMPARE_SCALAR = {
     aten.gt.Scalar,
@@ -83,6 +84,8 @@ class Flow:
         zeros: nodes that are literally zero, hence of any scale.
         units: the variables and their equations.
         first_use: place in the graph of the first sum or product each parameter enters.
+        repeat: times the inputs have to be repeated for a choice among entries to reach all.
+        unseen: some expert saw no input, so that nothing is known about its symmetries.
     """
 
     capture: Capture
@@ -91,6 +94,8 @@ class Flow:
     zeros: set[fx.Node] = field(default_factory=set)
     units: Units = field(default_factory=Units)
     first_use: dict[str, int] = field(default_factory=dict)
+    repeat: int = 1
+    unseen: bool = False
 
     def value(self, arg: Any) -> Any:
         """Replace nodes in an argument by their values."""
@@ -129,13 +134,48 @@ def _first_uses(graph: fx.Graph, names: tuple[str, ...]) -> dict[str, int]:
     return found
 
 
+def _stacked(graph: fx.Graph, names: tuple[str, ...]) -> set[str]:
+    """Parameters that are stacks of matrices, one for each entry of the first axis."""
+    nodes = list(graph.nodes)
+    holders: dict[fx.Node, str] = dict(zip(nodes, names, strict=False))
+    found: set[str] = set()
+    for node in nodes[len(names) :]:
+        for argument in node.all_input_nodes:
+            if argument in holders:
+                if node.target in _STACK_MOVES | SAME:
+                    holders[node] = holders[argument]
+                elif rule_of(node.target) is grouped:
+                    found.add(holders[argument])
+    return found
+
+
+def _spread_choice(run: Flow, node: fx.Node) -> tuple[Tensor, Tensor]:
+    """A top-k choice that takes every entry in turn, overlapping from one row to the next.
+
+    Which entries are chosen is data. A symmetry has to hold whatever it is, so that following
+    the pass for a choice that reaches all of them forgoes nothing and overlooks none.
+    """
+    values, k = run.values[operands(node)[0]], operands(node)[1]
+    dim = (operands(node)[2] if len(operands(node)) > 2 else -1) % values.ndim
+    count = values.shape[dim]
+    rows = max(values.numel() // count, 1)
+    start = torch.arange(rows, device=values.device)[:, None]
+    chosen = (start + torch.arange(k, device=values.device)) % count
+    shape = [s for d, s in enumerate(values.shape) if d != dim]
+    indices = chosen.reshape(*shape, k).movedim(-1, dim)
+    run.repeat = max(run.repeat, -(-count // rows))
+    return values.gather(dim, indices), indices
+
+
 def flow(capture: Capture, inputs: Any, moving: Mapping[fx.Node, str] | None = None) -> Flow:
     """Run the forward pass on ``inputs`` (those of the capture), propagating scales.
 
     ``moving`` names constants that scale like parameters (running means of batch norms).
     """
     run = Flow(capture, first_use=_first_uses(capture.graph, capture.names))
+    stacked = _stacked(capture.graph, capture.names)
     tensors = iter([*capture.parameters.items(), *((None, x) for x in capture.bind(inputs))])
+    value: Any
     with torch.no_grad():
         for node in capture.graph.nodes:
             if node.op == "placeholder":
@@ -143,7 +183,7 @@ def flow(capture: Capture, inputs: Any, moving: Mapping[fx.Node, str] | None = N
                 run.values[node] = value
                 run.scales[node] = []
                 if name is not None and node.users and value.is_floating_point():
-                    run.scales[node] = run.units.declare(name, value)
+                    run.scales[node] = run.units.declare(name, value, name in stacked)
             elif node.op == "get_attr":
                 value = operator.attrgetter(node.target)(capture.module)
                 run.values[node] = value
@@ -153,7 +193,10 @@ def flow(capture: Capture, inputs: Any, moving: Mapping[fx.Node, str] | None = N
                 for arg in node.all_input_nodes:
                     run.units.require_zero(run.scale(arg))
             else:
-                value = node.target(*run.value(operands(node)), **run.value(node.kwargs))
+                if node.target is aten.topk.default and run.shape(operands(node)[0]):
+                    value = _spread_choice(run, node)
+                else:
+                    value = node.target(*run.value(operands(node)), **run.value(node.kwargs))
                 run.values[node] = value
                 run.scales[node] = _apply(run, node)
     return run
@@ -178,7 +221,7 @@ def _apply(run: Flow, node: fx.Node) -> Any:
         return run.scale(args[0])
     if target in MOVES:
         return move(run, node, run.scale(args[0]))
-    rule = _RULES.get(target)
+    rule = rule_of(target)
     if rule is not None:
         return rule(run, node)
     for a in node.all_input_nodes:
@@ -417,6 +460,29 @@ def _matmul(run: Flow, node: fx.Node) -> Scale:
     return out
 
 
+def grouped(run: Flow, node: fx.Node) -> Scale:
+    """Rows (S, K), in groups of consecutive ones, times the matrix (K, O) of their group."""
+    a, b = operands(node)[:2]
+    ends: Any = operands(node)[2] if len(operands(node)) > 2 else node.kwargs.get("offs")
+    given = [*operands(node)[3:], *(v for k, v in node.kwargs.items() if k != "offs")]
+    if ends is None or any(x is not None for x in given) or len(run.shape(a)) != 2:
+        return _opaque(run, node)
+    rows, matrices = run.shape(a)[0], run.shape(b)[0]
+    last = run.values[ends].cpu().numpy()
+    group = np.searchsorted(last, np.arange(rows), side="right")
+    if last[-1] != rows or np.unique(group).size < matrices:
+        run.unseen = True
+        return _opaque(run, node)
+    run.units.distinguish(run.scale(b), [0], 3)
+    left = [Term(t.coefficient, t.ids[:, None]) for t in _aligned(run.scale(a), 2)]
+    right = [
+        Term(t.coefficient, t.ids[group] if t.ids.shape[0] > 1 else t.ids)
+        for t in _aligned(run.scale(b), 3)
+    ]
+    out = _contract(run, left, right, (2, run.shape(b)[-1]))
+    return [Term(t.coefficient, compress(t.ids.squeeze(-2))) for t in out]
+
+
 def _matvec(run: Flow, node: fx.Node) -> Scale:
     a, b = operands(node)[:2]
     right = [Term(t.coefficient, t.ids[..., None]) for t in _aligned(run.scale(b), 1)]
@@ -480,6 +546,18 @@ def _embedding(run: Flow, node: fx.Node) -> Scale:
     ]
 
 
+def rule_of(target: Any) -> Callable[[Flow, fx.Node], Any] | None:
+    """The rule for an operation that neither moves data nor leaves them as they are."""
+    if target in _RULES:
+        return _RULES[target]
+    schema = getattr(target, "_schema", None)
+    return _RULES_BY_NAME.get(schema.name) if schema is not None else None
+
+
+# Operations that other libraries register, known only once these are imported.
+_RULES_BY_NAME: dict[str, Callable[[Flow, fx.Node], Any]] = {
+    "transformers::grouped_mm_fallback": grouped,
+}
 _RULES: dict[Any, Callable[[Flow, fx.Node], Any]] = {
     **dict.fromkeys(_KINKED, _kinked),
     **dict.fromkeys(_COMPARE_SCALAR, _compare_scalar),
@@ -500,6 +578,7 @@ _RULES: dict[Any, Callable[[Flow, fx.Node], Any]] = {
     **dict.fromkeys(
         (aten.mm.default, aten.bmm.default, aten.addmm.default, aten.baddbmm.default), _matmul
     ),
+    aten._grouped_mm.default: grouped,
     aten.mv.default: _matvec,
     aten.convolution.default: _convolution,
     aten.embedding.default: _embedding,

@@ -72,7 +72,8 @@ class _Walk:
     marks: dict[fx.Node, Any] = field(default_factory=dict)
     failed: set[int] = field(default_factory=set)
     centred: set[int] = field(default_factory=set)
-    # unit -> {(weight, in axis, out axis, bias, rows): input positions}
+    orders: dict[tuple[int, ...], int] = field(default_factory=dict)  # rows of a bias, numbered
+    # unit -> {(weight, in axis, out axis, bias, number of its rows): input positions}
     readers: dict[int, dict[tuple, list[int]]] = field(default_factory=lambda: defaultdict(dict))
 
     def units_in(self, mark: Any) -> set[int]:
@@ -123,12 +124,13 @@ class _Walk:
             return
         order = np.empty(rows.size, np.int64)
         order[[units.index[v] for v in ids.reshape(-1)]] = [_entry(units, v) for v in rows]
+        number = self.orders.setdefault(tuple(order.tolist()), len(self.orders))
         for unit, column in sorted(mark.pairs):
             known = rows[0] if rows[0] > 0 else column
             weight, axis = units.parameter[known], units.axis[known]
             in_axis = units.axis[column] if column > 0 else 1 - axis
             out_axis = axis if rows[0] > 0 else 1 - axis
-            key = (weight, in_axis, out_axis, name, tuple(order.tolist()))
+            key = (weight, in_axis, out_axis, name, number)
             self.readers[unit].setdefault(key, []).append(_entry(units, column))
 
     def normalise(self, site: Site) -> None:
@@ -141,7 +143,7 @@ class _Walk:
         if not isinstance(mark, _Moved) or np.broadcast_shapes(mark.ids.shape, shape) != shape:
             self.fail(z)
             return
-        key = (site.norm.gamma, -1, -1, site.norm.beta, ())
+        key = (site.norm.gamma, -1, -1, site.norm.beta, -1)
         for channel, unit in enumerate(np.broadcast_to(mark.ids, shape).reshape(-1).tolist()):
             if unit:
                 self.readers[unit].setdefault(key, []).append(channel)
@@ -184,17 +186,14 @@ def _step(walk: _Walk, node: fx.Node) -> Any:
         return walk.normalise(walk.norms[node])
     if target in _ADD:
         return _sum(walk, node)
-    if target is aten.cat.default:
-        # An empty vector may stand for "nothing yet" among tensors of more axes.
-        parts = [t for t in args[0] if walk.run.shape(t) != (0,)]
-        if len(parts) == 1:
-            return walk.marks.get(parts[0])
     if target in _MATMUL:
         return _matmul(walk, node)
     if target is aten.convolution.default:
         return _convolution(walk, node)
     if not marked:
         return None
+    if target is aten.cat.default:
+        return _cat(walk, node)
     mark = walk.marks.get(args[0]) if isinstance(args[0], fx.Node) else None
     if target is operator.getitem and isinstance(mark, list):
         return mark[args[1]]
@@ -261,6 +260,23 @@ def _move(walk: _Walk, node: fx.Node, mark: Any) -> Any:
 
 def _keeps_last(node: fx.Node) -> bool:
     return node.target in (aten.view.default, aten.expand.default, aten._unsafe_view.default)
+
+
+def _cat(walk: _Walk, node: fx.Node) -> Any:
+    # An empty vector may stand for "nothing yet" among tensors of more axes.
+    tensors = [t for t in operands(node)[0] if walk.run.shape(t) != (0,)]
+    if len(tensors) == 1:
+        return walk.marks.get(tensors[0])
+    dim = operands(node)[1] if len(operands(node)) > 1 else 0
+    marks = [walk.marks.get(t) for t in tensors]
+    if not all(m is None or isinstance(m, _Moved) for m in marks):
+        walk.fail(*tensors)
+        return None
+    parts = [
+        np.broadcast_to(0 if m is None else m.ids, walk.run.shape(t))
+        for t, m in zip(tensors, marks, strict=True)
+    ]
+    return _Moved(compress(np.concatenate(parts, dim)))
 
 
 def _mean(walk: _Walk, node: fx.Node, mark: _Moved) -> Any:
@@ -446,10 +462,11 @@ def _collect(walk: _Walk) -> list[Translation]:
         key = key or ("mean" if unit in walk.centred else "softmax",)
         groups[(units.parameter[unit], key)].append(unit)
     order = list(walk.run.capture.names)
+    orders = [torch.tensor(rows) for rows in walk.orders]
     found = []
     for (source, key), members in groups.items():
         readers = tuple(
-            _reader(walk, k, torch.tensor([sorted(walk.readers[u][k]) for u in members]))
+            _reader(walk, k, orders, [sorted(walk.readers[u][k]) for u in members])
             for k, _ in (key if members[0] in walk.readers else ())
         )
         moved = sorted({source, *(r.bias for r in readers)}, key=order.index)
@@ -469,9 +486,12 @@ def _collect(walk: _Walk) -> list[Translation]:
     return found
 
 
-def _reader(walk: _Walk, key: tuple, positions: Tensor) -> Reader | NormReader:
-    weight, in_axis, out_axis, bias, rows = key
+def _reader(
+    walk: _Walk, key: tuple, orders: list[Tensor], entries: list[list[int]]
+) -> Reader | NormReader:
+    weight, in_axis, out_axis, bias, number = key
+    positions = torch.tensor(entries)
     if in_axis < 0:
         norm = next(s.norm for s in walk.norms.values() if s.norm.gamma == weight)
         return NormReader(weight, bias, positions, norm.scale)
-    return Reader(weight, bias, in_axis, out_axis, positions, torch.tensor(rows))
+    return Reader(weight, bias, in_axis, out_axis, positions, orders[number])

@@ -1,13 +1,15 @@
 """The unknowns of symmetry discovery and the linear equations between them.
 
-Every axis entry of every parameter gets an unknown log scale ("variable"). Walking the forward
-pass, each operation states which sums of variables must vanish; what is left free is the group
-of diagonal symmetries. Variable 0 is the constant zero.
+Every axis entry of every parameter gets an unknown log scale ("variable"); where a parameter
+stacks matrices of equal standing (experts), every axis entry of every one of them. Walking the
+forward pass, each operation states which sums of variables must vanish; what is left free is the
+group of diagonal symmetries. Variable 0 is the constant zero.
 """
 
 from __future__ import annotations
 
 import itertools
+import math
 from collections import defaultdict
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
@@ -77,13 +79,15 @@ class Units:
     """Variables, equations, and what operations were seen to do to each variable.
 
     Attributes:
-        parameter, axis, index: for each variable the parameter name, axis and entry it scales.
+        parameter, outer, axis, index: for each variable the parameter name and the entry it
+            scales of ``axis``, or of ``(*outer, axis)`` flattened.
         positive: the variable passed an operation with a kink: only positive scales commute.
         kinks: the scales of everything that met an operation with a kink.
         label: variables with different labels were told apart by some operation and do not mix.
     """
 
     parameter: list[str] = field(default_factory=lambda: [""])
+    outer: list[tuple[int, ...]] = field(default_factory=lambda: [()])
     axis: list[int] = field(default_factory=lambda: [0])
     index: list[int] = field(default_factory=lambda: [0])
     rows: list[tuple[list[Fraction], np.ndarray]] = field(default_factory=list)
@@ -94,25 +98,23 @@ class Units:
     def __post_init__(self) -> None:
         self._random = np.random.default_rng(0)
 
-    def declare(self, name: str, value: Tensor) -> Scale:
-        """Fresh variables for a parameter: one per entry of each axis longer than 1."""
-        axes = [a for a, s in enumerate(value.shape) if s > 1]
-        if not axes:
-            return [self._fresh(name, 0, 1, [1] * value.ndim)]
-        return [
-            self._fresh(
-                name,
-                a,
-                value.shape[a],
-                [value.shape[a] if b == a else 1 for b in range(value.ndim)],
-            )
-            for a in axes
-        ]
+    def declare(self, name: str, value: Tensor, stacked: bool = False) -> Scale:
+        """Fresh variables for a parameter: one per entry of each axis longer than 1.
 
-    def _fresh(self, name: str, axis: int, size: int, shape: list[int]) -> Term:
-        start = len(self.parameter)
+        With ``stacked`` one per pair of an entry of the first axis and an entry of another: the
+        parameter is a stack of matrices that an operation tells apart.
+        """
+        axes = [a for a, s in enumerate(value.shape) if s > 1]
+        if stacked and axes[:1] == [0] and len(axes) > 1:
+            return [self._fresh(name, (0, a), value) for a in axes[1:]]
+        return [self._fresh(name, (a,), value) for a in axes or [0]]
+
+    def _fresh(self, name: str, axes: tuple[int, ...], value: Tensor) -> Term:
+        shape = [s if a in axes else 1 for a, s in enumerate(value.shape)]
+        start, size = len(self.parameter), math.prod(shape)
         self.parameter += [name] * size
-        self.axis += [axis] * size
+        self.outer += [axes[:-1]] * size
+        self.axis += [axes[-1]] * size
         self.index += range(size)
         self.positive = np.concatenate([self.positive, np.zeros(size, bool)])
         self.label = np.concatenate([self.label, np.zeros(size, np.uint64)])
@@ -211,15 +213,23 @@ class Units:
         zero = np.zeros(len(self.parameter), bool)
         zero[0] = True
         self._propagate_zeros(zero)
-        equations: list[dict[int, Fraction]] = []
+        equations, variables, factors = [], [], []
+        count = 0
         for coefficients, ids in self.rows:
-            for row in ids[~zero[ids].all(1)].tolist():
-                equation: dict[int, Fraction] = {}
-                for c, v in zip(coefficients, row, strict=True):
-                    if not zero[v]:
-                        equation[v] = equation.get(v, Fraction(0)) + c
-                equations.append(equation)
-        return _components(equations, len(self.parameter))
+            live = ~zero[ids]
+            row, term = live.nonzero()
+            # Whole numbers: an equation may be multiplied by any.
+            common = math.lcm(*(c.denominator for c in coefficients))
+            whole = np.array([int(c * common) for c in coefficients], np.int64)
+            equations.append(count + row)
+            variables.append(ids[row, term])
+            factors.append(whole[term])
+            count += len(ids)
+        if not equations:
+            return []
+        return _components(
+            np.concatenate(equations), np.concatenate(variables), np.concatenate(factors)
+        )
 
     def _propagate_zeros(self, zero: np.ndarray) -> None:
         """Set variables that stand alone in an equation to zero, until nothing changes."""
@@ -233,35 +243,57 @@ class Units:
                 return
 
 
-def _components(equations: list[dict[int, Fraction]], count: int) -> list[list[dict[int, int]]]:
-    rows = [i for i, e in enumerate(equations) for _ in e]
-    cols = [v for e in equations for v in e]
-    if not cols:
+def _components(
+    equation: np.ndarray, variable: np.ndarray, factor: np.ndarray
+) -> list[list[dict[int, int]]]:
+    """Solve connected systems one by one, and those that read alike once.
+
+    Entry i of the three arrays: ``factor[i]`` times a variable takes part in an equation.
+    """
+    if not equation.size:
         return []
-    # Nodes: variables, then equations.
-    shape = (count + len(equations),) * 2
-    graph = coo_matrix((np.ones(len(rows)), (np.array(cols), count + np.array(rows))), shape)
-    _, component = connected_components(graph, directed=False)
-    members: dict[int, list[int]] = {}
-    for v in sorted(set(cols)):
-        members.setdefault(int(component[v]), []).append(v)
-    own: dict[int, list[dict[int, Fraction]]] = {c: [] for c in members}
-    for i, equation in enumerate(equations):
-        if equation:
-            own[int(component[count + i])].append(equation)
-    known: dict[object, list[list[dict[int, int]]]] = {}
+    names, v = np.unique(variable, return_inverse=True)
+    _, e = np.unique(equation, return_inverse=True)
+    size = names.size + int(e.max()) + 1  # nodes: variables, then equations
+    graph = coo_matrix((np.ones(v.size, np.int8), (v, names.size + e)), (size, size))
+    component = connected_components(graph, directed=False)[1][: names.size]
+    # Components in order of their first variable, which connected_components need not keep to.
+    _, first, component = np.unique(component, return_index=True, return_inverse=True)
+    component = np.argsort(np.argsort(first))[component]
+    members = np.argsort(component, kind="stable")
+    starts = np.searchsorted(component[members], np.arange(first.size + 1))
+    local = np.empty(names.size, np.int64)
+    local[members] = np.arange(names.size) - starts[component[members]]
+    order = np.lexsort((v, e, component[v]))
+    v, e, factor = v[order], e[order], factor[order]
+    bounds = np.searchsorted(component[v], np.arange(first.size + 1))
+    rank = np.cumsum(np.concatenate([[0], e[1:] != e[:-1]]))
+    table = np.stack([rank - rank[bounds[component[v]]], local[v], factor], 1)
+    named = names[members]
+    known: dict[tuple[int, bytes], list[list[tuple[list[int], list[int]]]]] = {}
     result = []
-    for c, variables in members.items():
-        local = {v: k for k, v in enumerate(variables)}
-        system = [tuple(sorted((local[v], a) for v, a in e.items() if a)) for e in own[c]]
-        key = (len(variables), frozenset(system))
+    for c in range(first.size):
+        variables = named[starts[c] : starts[c + 1]]
+        rows = table[bounds[c] : bounds[c + 1]]
+        key = (variables.size, rows.tobytes())
         if key not in known:
-            basis = _null_space(len(variables), [dict(s) for s in set(system) if s])
-            known[key] = _apart(_shortened(basis))
-        result += [
-            [{variables[k]: a for k, a in vector.items()} for vector in part] for part in known[key]
-        ]
+            parts = _apart(_shortened(_null_space(variables.size, _system(rows))))
+            known[key] = [[(list(x), list(x.values())) for x in part] for part in parts]
+        for part in known[key]:
+            result.append(
+                [dict(zip(variables[at].tolist(), values, strict=True)) for at, values in part]
+            )
     return result
+
+
+def _system(rows: np.ndarray) -> list[Mapping[int, Fraction]]:
+    """The different equations in a table of (equation, variable, factor)."""
+    found: dict[int, dict[int, Fraction]] = defaultdict(dict)
+    for equation, variable, factor in rows.tolist():
+        terms = found[equation]
+        terms[variable] = terms.get(variable, Fraction(0)) + factor
+    different = {tuple((v, a) for v, a in sorted(e.items()) if a) for e in found.values()}
+    return [dict(terms) for terms in sorted(different) if terms]
 
 
 def _null_space(count: int, equations: list[Mapping[int, Fraction]]) -> list[dict[int, int]]:

@@ -50,7 +50,7 @@ def run(
 
     Args:
         capture: the captured forward.
-        inputs: input tensors in placeholder order, of the sizes that were captured.
+        inputs: input tensors in placeholder order, of sizes that the capture holds for.
         parameters: every captured parameter, from :func:`parameter_values`.
         points: where to evaluate.
 

@@ -73,10 +73,9 @@ def parts(x: Any) -> tuple[Any, Any, Any]:
 
 def note_kink(ctx: Context, name: str, distance: Tensor, dot: Tensor) -> None:
     """Report readings at radius 0 where a unit sits on a kink (``distance`` 0) and moves."""
-    if not ctx.points.at_base:
+    if not ctx.points.at_base or bool(distance.all()):
         return
-    on = distance == 0
-    if bool(on.any()) and bool((on & (dot != 0)).any()):
+    if bool(((distance == 0) & (dot != 0)).any()):
         ctx.notes.add(
             f"at radius 0 some units sit on the kink of {name}: the curvature there takes torch's "
             "convention for the derivative, not a one-sided one"

@@ -17,6 +17,8 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 from torch._decomp import core_aten_decompositions, get_decompositions
+from torch._guards import TracingContext, tracing
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.func import functional_call, functionalize
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -196,7 +198,7 @@ def readable_attention() -> Iterator[None]:
 
 
 @contextmanager
-def _recorded() -> Iterator[None]:
+def recorded() -> Iterator[None]:
     """``torch.compiler.is_compiling()`` is true: models that ask read no values of tensors.
 
     Hugging Face models otherwise look into their masks for a faster kernel.
@@ -207,6 +209,13 @@ def _recorded() -> Iterator[None]:
         yield
     finally:
         torch.compiler._is_compiling_flag = before
+
+
+@contextmanager
+def _shared_shapes() -> Iterator[None]:
+    """One fake mode describes all values of a recording; torch makes one per value otherwise."""
+    with tracing(TracingContext(FakeTensorMode(allow_fallback_kernels=True))):
+        yield
 
 
 def check_deterministic(model: nn.Module) -> None:
@@ -250,6 +259,35 @@ class Capture:
     def bind(self, inputs: Any) -> list[Tensor]:
         """The input tensors in placeholder order."""
         return [x for x in pytree.tree_leaves(inputs) if isinstance(x, Tensor)]
+
+    def replay(self, inputs: Any) -> Tensor:
+        """The output at the captured parameters."""
+        (output,) = pytree.tree_leaves(
+            self.module(list(self.parameters.values()), self.bind(inputs))
+        )
+        return output
+
+    def names_no_extent(self) -> bool:
+        """Whether nothing in the graph is tied to a number of samples.
+
+        So where no call takes an integer but dimensions and all constants are parameters.
+        """
+        parameters = [x for x, _ in self.module.named_parameters()]
+        return all(
+            node.op in ("placeholder", "output")
+            or (node.op == "get_attr" and node.target in parameters)
+            or _takes_no_extent(node)
+            for node in self.graph.nodes
+        )
+
+
+def _takes_no_extent(node: fx.Node) -> bool:
+    if not isinstance(node.target, torch._ops.OpOverload):
+        return False
+    names = (x.name for x in node.target._schema.arguments)
+    given = {**dict(zip(names, node.args, strict=False)), **node.kwargs}
+    other = [value for name, value in given.items() if name not in ("dim", "dims")]
+    return not any(isinstance(x, int) and type(x) is not bool for x in pytree.tree_leaves(other))
 
 
 def _mutates(node: fx.Node) -> bool:
@@ -309,7 +347,7 @@ def capture(
 
     example = (list(chosen.values()), [leaves[i].detach() for i in slots])
     try:
-        with torch.no_grad(), readable_attention(), _recorded():
+        with torch.no_grad(), readable_attention(), recorded(), _shared_shapes():
             module = make_fx(functionalize(forward), decomposition_table=_decompositions())(
                 *example
             )

@@ -283,13 +283,22 @@ class _Rays:
         self.checked = False
 
     def capture(self, samples: Any) -> graph.Capture:
-        """The forward for this many samples, recorded on these if it is not yet."""
+        """The forward for this many samples, recorded on these if no other recording will do."""
         size = graph.batch_size(samples)
         if size not in self.captures:
-            self.captures[size] = graph.capture(
+            self.captures[size] = self._fitting(samples) or graph.capture(
                 self.model, samples, names=self.names, keep_attention=True
             )
         return self.captures[size]
+
+    def _fitting(self, samples: Any) -> graph.Capture | None:
+        """A recording of another number of samples that holds for these too, if there is one."""
+        known = next((x for size, x in self.captures.items() if size > 1), None)
+        if known is None or not known.names_no_extent():
+            return None
+        # What the model does may still depend on their number.
+        direct = self._direct(known.parameters, samples)
+        return None if self._differ(known.replay(samples), direct) else known
 
     def _direct(self, parameters: dict[str, Tensor], samples: Any) -> Tensor:
         with graph.readable_attention(), whole_attention():  # no (T, T) matrix here either

@@ -12,7 +12,7 @@ transform or forward-mode differentiation go to the reference, which torch diffe
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -25,6 +25,9 @@ from torch.autograd import forward_ad
 from deaddir_fast._backend import current, unavailable
 
 NAMESPACE = "deaddir"
+
+#: Tensors whose memory is what it says; subclasses may wrap something else.
+PLAIN = (Tensor, torch.nn.Parameter)
 
 
 @dataclass(frozen=True)
@@ -74,12 +77,23 @@ def register(op: Op) -> None:
     OPS[op.name] = op
 
 
+def tensors(args: Iterable[Any]) -> Iterator[Tensor]:
+    """Tensors among the arguments, those in lists included."""
+    found: list[Tensor] = []
+    for value in args:
+        if isinstance(value, Tensor):
+            found.append(value)
+        elif isinstance(value, (list, tuple)):
+            found += [t for t in value if isinstance(t, Tensor)]
+    return iter(found)
+
+
 def call(name: str, *args: Any) -> Any:
     """Run an operation whose arguments have been checked."""
     if (
         torch.compiler.is_compiling()
         or torch._C._len_torch_dispatch_stack() > 0
-        or any(isinstance(t, Tensor) and (isinstance(t, FakeTensor) or t.is_meta) for t in args)
+        or any(t.is_meta or isinstance(t, FakeTensor) for t in tensors(args))
     ):
         return getattr(getattr(torch.ops, NAMESPACE), name).default(*args)
     return launch(name, *args)
@@ -94,7 +108,7 @@ def chosen_route(name: str, *args: Any) -> str:
 def _chosen(name: str, args: tuple[Any, ...]) -> Kernel | None:
     op = OPS[name]
     route = current()
-    if route == "reference" or not op.kernels or not all(_plain(t) for t in args):
+    if route == "reference" or not op.kernels or not _plain(list(tensors(args))):
         return None
     for kernel in op.kernels:
         if route == "auto":
@@ -121,15 +135,12 @@ def launch(name: str, *args: Any) -> Any:
         return OPS[name].reference(*args)
 
 
-def _plain(value: Any) -> bool:
-    """Whether a kernel that reads raw memory may take this argument."""
-    if not isinstance(value, Tensor):
-        return True
-    return (
-        type(value) in (Tensor, torch.nn.Parameter)
-        and not torch._C._functorch.is_functorch_wrapped_tensor(value)
-        and forward_ad._current_level < 0
-        and not value.is_neg()
+def _plain(values: list[Tensor]) -> bool:
+    """Whether a kernel that reads raw memory may take these arguments."""
+    wrapped = torch._C._functorch.is_functorch_wrapped_tensor
+    return not values or (
+        forward_ad._current_level < 0
+        and all(type(t) in PLAIN and not wrapped(t) and not t.is_neg() for t in values)
     )
 
 
@@ -140,7 +151,7 @@ def _full_precision(args: tuple[Any, ...]) -> Iterator[None]:
     TF32 or bf16 products carry 1e-3 relative error, which a reading would report as curvature.
     The switch is one of the process: a matrix product of another thread may see it.
     """
-    first = next((t for t in args if isinstance(t, Tensor)), None)
+    first = next(tensors(args), None)
     if first is None or first.dtype == torch.float64:
         yield
         return

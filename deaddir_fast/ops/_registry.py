@@ -36,6 +36,29 @@ TABLE: tuple[tuple[str, str], ...] = (
         "(Tensor h, Tensor dh, Tensor W, Tensor? bias, Tensor? dW) -> Tensor",
     ),
     ("softmax_kl", "(Tensor logits, Tensor logits_t) -> Tensor"),
+    # optimizer steps on lists of matrices
+    ("scaled_squares", "(Tensor[] ws, Tensor?[] rows, Tensor?[] cols, int[] dims) -> Tensor"),
+    (
+        "scaled_adam_",
+        "(Tensor(a!)[] ws, Tensor[] gs, Tensor(b!)[] ms, Tensor(c!)[] vs, Tensor?[] rows, "
+        "Tensor?[] cols, Tensor hyper, bool maximize, int seed) -> ()",
+    ),
+    (
+        "shared_adam_",
+        "(Tensor(a!)[] ws, Tensor[] gs, Tensor(b!)[] ms, Tensor(c!)[] vs, Tensor?[] rows, "
+        "Tensor?[] cols, Tensor?[] row_groups, Tensor?[] col_groups, Tensor hyper, "
+        "bool maximize, int seed) -> ()",
+    ),
+    (
+        "block_products",
+        "(Tensor[] ws, Tensor[] gs, Tensor[] blocks, int[] dims, int count) -> Tensor",
+    ),
+    (
+        "block_adam_",
+        "(Tensor(a!)[] ws, Tensor[] gs, Tensor(b!)[] ms, Tensor(c!)[] vs, Tensor[] blocks, "
+        "int[] dims, Tensor norms, Tensor inner, Tensor radial, Tensor reach, Tensor hyper, "
+        "bool maximize, int seed) -> ()",
+    ),
 )
 
 for name, schema in TABLE:

@@ -1,6 +1,6 @@
 """Readings of a network at its own parameters: dead directions and Watanabe's triple."""
 
-from deaddir_fast.reading.dead import DeadDirections, dead_directions
+from deaddir_fast.reading.dead import DeadCounts, DeadDirections, dead_directions
 from deaddir_fast.reading.freeze import FreezeProbe, FrozenLayer, freeze_probe
 from deaddir_fast.reading.leading import leading_scores
 from deaddir_fast.reading.prior import PriorExponents, prior_exponents
@@ -10,6 +10,7 @@ from deaddir_fast.reading.triple import Triple, read_triple
 from deaddir_fast.reading.weighted import WeightedBound, weighted_bound
 
 __all__ = [
+    "DeadCounts",
     "DeadDirections",
     "FreezeProbe",
     "FrozenLayer",

@@ -20,6 +20,32 @@ BATCH = 64  # directions whose jets are taken together
 
 
 @dataclass(frozen=True)
+class DeadCounts:
+    """Dimensions of the dead space by kind, at one point.
+
+    Attributes:
+        total: dimension of the null space of the Fisher on Θ.
+        gauge: along orbits of the symmetries listed in ``DeadDirections.gauges``.
+        quotient: total − gauge, what is dead on Θ/G. The Fisher lives on the quotient where orbits
+            near the point have one dimension (``dd.gauge.quotient_dimension``).
+        fibre, singular, unresolved: kinds of the rest; None where it was too large to list.
+    """
+
+    total: int
+    gauge: int
+    quotient: int
+    fibre: int | None
+    singular: int | None
+    unresolved: int | None
+
+    def __str__(self) -> str:
+        kinds = ("fibre", "singular", "unresolved")
+        rest = ", ".join(f"{k} {getattr(self, k)}" for k in kinds if getattr(self, k) is not None)
+        told = rest or "sampled only"
+        return f"{self.total} dead: gauge {self.gauge}, {self.quotient} on the quotient ({told})"
+
+
+@dataclass(frozen=True)
 class DeadDirections:
     """An orthonormal basis of the null space of the exact Fisher, each vector classified.
 
@@ -74,6 +100,17 @@ class DeadDirections:
     def count(self, kind: str) -> int:
         """Number of directions of one kind."""
         return self.kinds.count(kind)
+
+    @property
+    def counts(self) -> DeadCounts:
+        """Dimensions by kind, and what is dead on Θ/G."""
+        on_orbits = self.count("gauge")
+        listed = {
+            kind: None if self.sampled else self.count(kind)
+            for kind in ("fibre", "singular", "unresolved")
+        }
+        total = self.dead_dimension
+        return DeadCounts(total, on_orbits, total - on_orbits, **listed)
 
     def select(self, index: Any) -> dict[str, Tensor]:
         """Some of the directions, {name: (p, *shape)}; ``index`` as for a tensor."""

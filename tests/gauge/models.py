@@ -97,6 +97,38 @@ class Attention(nn.Module):
         return self.mha(x, x, x, need_weights=False)[0]
 
 
+class Rotary(nn.Module):
+    """Self-attention with rotary positions: two query heads of width 4, one key head.
+
+    The first ``rotary`` units of a head turn, in halves (Llama) or neighbouring pairs (GPT-J).
+    """
+
+    def __init__(self, rotary: int = 4, neighbours: bool = False, bias: bool = True) -> None:
+        super().__init__()
+        self.q = nn.Linear(6, 8, bias=bias)
+        self.k = nn.Linear(6, 4, bias=bias)
+        self.v = nn.Linear(6, 4, bias=bias)
+        self.o = nn.Linear(8, 3, bias=bias)
+        self.rotary, self.neighbours = rotary, neighbours
+
+    def turn(self, x: Tensor) -> Tensor:
+        head, rest = x[..., : self.rotary], x[..., self.rotary :]
+        half = self.rotary // 2
+        angles = torch.arange(x.shape[-2], dtype=x.dtype)[:, None] * 0.4 ** torch.arange(half)
+        if self.neighbours:
+            cos, sin = (f(angles).repeat_interleave(2, -1) for f in (torch.cos, torch.sin))
+            other = torch.stack([-head[..., 1::2], head[..., ::2]], -1).flatten(-2)
+        else:
+            cos, sin = (torch.cat([f(angles)] * 2, -1) for f in (torch.cos, torch.sin))
+            other = torch.cat([-head[..., half:], head[..., :half]], -1)
+        return torch.cat([head * cos + other * sin, rest], -1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, k, v = (f(x).unflatten(-1, (-1, 4)).transpose(1, 2) for f in (self.q, self.k, self.v))
+        scores = self.turn(q) @ self.turn(k).expand_as(q).mT / 2.0
+        return self.o((scores.softmax(-1) @ v.expand_as(q)).transpose(1, 2).flatten(2))
+
+
 def mlp(act: nn.Module | None = None) -> nn.Sequential:
     """4 -> 5 -> 3 -> 3 with biases and dropout."""
     act = act or nn.ReLU()

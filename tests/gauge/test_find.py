@@ -13,12 +13,13 @@ import torch.nn.functional as F
 from torch import nn
 
 from deaddir_fast import gauge
-from deaddir_fast.gauge.discover import _accepted
+from deaddir_fast.gauge.discover import verified
 from deaddir_fast.gauge.verify import Verifier
 from gauge.models import (
     Attention,
     Gated,
     Residual,
+    Rotary,
     Shared,
     TiedHead,
     TwoReaders,
@@ -288,6 +289,39 @@ CASES: dict[str, tuple[Any, Any, set[tuple[str, str, int]]]] = {
             ("permutation: mha -> mha.out_proj", "S_2", 0),
         },
     ),
+    "rotary attention": (
+        Rotary,
+        torch.randn(3, 5, 6),
+        {
+            ("complex rescaling: q -> k", "(C^*)^2", 4),
+            ("general linear: v -> o", "GL(4)", 16),
+            ("translation: v.bias -> o.bias", "R^4", 4),
+            ("class shift: o", "R^9", 9),
+        },
+    ),
+    # Two of four units turn; of the others the key bias is invisible.
+    "partly rotary attention": (
+        lambda: Rotary(rotary=2, neighbours=True),
+        torch.randn(3, 5, 6),
+        {
+            ("complex rescaling: q -> k", "(C^*)^1", 2),
+            ("general linear: q -> k", "GL(2)", 4),
+            ("general linear: v -> o", "GL(4)", 16),
+            ("translation: k.bias -> softmax", "R^2", 2),
+            ("translation: v.bias -> o.bias", "R^4", 4),
+            ("class shift: o", "R^9", 9),
+        },
+    ),
+    # No complex number commutes with these but the real ones.
+    "boosted pairs": (
+        lambda: Boosted(bias=False),
+        torch.randn(3, 5, 6),
+        {
+            ("rescaling: q -> k", "(R^*)^2", 2),
+            ("general linear: v -> o", "GL(4)", 16),
+            ("class shift: o", "R^8", 8),
+        },
+    ),
     "attention without biases": (
         lambda: Attention(bias=False),
         None,
@@ -299,6 +333,15 @@ CASES: dict[str, tuple[Any, Any, set[tuple[str, str, int]]]] = {
         },
     ),
 }
+
+
+class Boosted(Rotary):
+    """Pairs (c x + s y, s x + c y): split-complex numbers rather than complex ones."""
+
+    def turn(self, x: torch.Tensor) -> torch.Tensor:
+        angles = torch.arange(x.shape[-2], dtype=x.dtype)[:, None] * torch.tensor([0.3, 0.2])
+        cos, sin = (torch.cat([f(angles)] * 2, -1) for f in (torch.cos, torch.sin))
+        return x * cos + x.roll(2, -1) * sin
 
 
 class Square(nn.Module):
@@ -412,7 +455,7 @@ def test_false_claim_is_dropped_with_a_warning(act: nn.Module) -> None:
     model = nn.Sequential(nn.Linear(4, 5), act, nn.Linear(5, 2))
     verifier = Verifier(model, torch.randn(8, 4))
     with pytest.warns(UserWarning, match=r"rescaling: 0 -> 2 .* dropped: a random element"):
-        assert _accepted(verifier, false_claim(True), None) is None
+        assert verified(verifier, [(false_claim(True), None)]) == []
 
 
 def test_negative_scales_through_a_relu_are_false() -> None:

@@ -9,7 +9,17 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from deaddir_fast import gauge
-from gauge.models import Attention, Gated, Residual, Shared, TiedHead, conv_net, mlp, normed
+from gauge.models import (
+    Attention,
+    Gated,
+    Residual,
+    Rotary,
+    Shared,
+    TiedHead,
+    conv_net,
+    mlp,
+    normed,
+)
 
 MODELS = {
     "mlp": (mlp, (6, 4)),
@@ -25,6 +35,8 @@ MODELS = {
     "shared": (Shared, (6, 4)),
     "tied": (lambda: TiedHead(F.relu), None),
     "attention": (Attention, (4, 3, 6)),
+    "rotary": (Rotary, (4, 5, 6)),
+    "rotary pairs": (lambda: Rotary(rotary=2, neighbours=True), (4, 5, 6)),
 }
 
 
@@ -130,6 +142,27 @@ def test_elements_outside_the_group_are_refused() -> None:
     with pytest.raises(ValueError, match="element: expected finite non-zero scales"):
         found[0].act(state, zero)
     assert found[0].act(state, zero - 1)["up.weight"].equal(-state["up.weight"])
+
+
+def test_complex_elements() -> None:
+    _, _, state, found = case("rotary")
+    turn = found[0]
+    assert isinstance(turn, gauge.ComplexRescaling) and turn.shape == (2, 2)
+    i = torch.tensor([[0.0, 1.0], [1.0, 0.0]], dtype=torch.float64)
+    assert torch.equal(turn.compose(i, i)[0], torch.tensor([-1.0, 0.0]).double())
+    quarter = torch.tensor([[0.0, torch.pi / 2], [0.0, 0.0]], dtype=torch.float64)
+    assert torch.allclose(turn.exp(quarter), i, atol=1e-15)
+    moved = turn.act(state, i)
+    # Units 0 and 2 of both query heads, and of the key, turn by the same angle.
+    for name, w in state.items():
+        if name[0] in "qk":
+            turned = [k for k in range(len(w)) if not torch.allclose(moved[name][k], w[k])]
+            assert turned == ([0, 2, 4, 6] if name[0] == "q" else [0, 2])
+            for real in turned[::2]:
+                assert torch.allclose(moved[name][real], -w[real + 2])
+                assert torch.allclose(moved[name][real + 2], w[real])
+    with pytest.raises(ValueError, match="element: expected finite non-zero complex numbers"):
+        turn.act(state, torch.zeros(2, 2))
 
 
 def test_state_dtype_is_kept() -> None:

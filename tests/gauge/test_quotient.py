@@ -12,7 +12,18 @@ from torch import Tensor, nn
 from torch.func import functional_call, jacrev
 
 from deaddir_fast import gauge
-from gauge.models import Attention, Gated, Residual, Shared, TiedHead, deep_linear, mlp, normed
+from deaddir_fast.gauge.rescaling import Slot
+from gauge.models import (
+    Attention,
+    Gated,
+    Residual,
+    Rotary,
+    Shared,
+    TiedHead,
+    deep_linear,
+    mlp,
+    normed,
+)
 
 MODELS = {
     "mlp": (mlp, (9, 4)),
@@ -29,6 +40,8 @@ MODELS = {
     "shared": (Shared, (9, 4)),
     "tied": (lambda: TiedHead(F.relu), None),
     "attention": (Attention, (4, 3, 6)),
+    "rotary": (Rotary, (4, 5, 6)),
+    "rotary pairs": (lambda: Rotary(rotary=2, neighbours=True), (4, 5, 6)),
 }
 
 
@@ -220,3 +233,111 @@ def test_bad_arguments_are_named() -> None:
         gauge.project_out({"0.bias": torch.ones(2, 5), "3.bias": torch.ones(1, 3)}, found, state)
     with pytest.raises(TypeError, match="gauges: expected a sequence of Gauge"):
         gauge.project_out({}, ["rescaling"], state)  # type: ignore[list-item]  # the point
+
+
+def test_projection_in_given_weights() -> None:
+    """Against weighted least squares, dense."""
+    _, _, state, found = case("mlp")
+    draw = torch.Generator().manual_seed(6)
+    weights = {
+        k: torch.rand(v.shape, dtype=torch.float64, generator=draw) + 0.1
+        for k, v in state.items()
+        if k != "3.bias"
+    }
+    x = {k: torch.randn(3, *v.shape, dtype=torch.float64, generator=draw) for k, v in state.items()}
+    out = flatten(gauge.project_out(x, found, state, metric=weights), state)
+    w = torch.cat([weights.get(k, torch.ones_like(v)).reshape(-1) for k, v in state.items()])
+    tangents = torch.cat([flatten(g.tangents(state), state) for g in found])
+    gram = (tangents * w) @ tangents.T
+    flat = flatten(x, state)
+    expected = flat - torch.linalg.solve(gram, (tangents * w) @ flat.T).T @ tangents
+    assert torch.allclose(out, expected, rtol=1e-10, atol=1e-11)
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_dimensions_against_dense_tangents(name: str) -> None:
+    model, _, state, found = case(name)
+    counted = gauge.quotient_dimension(model, found)
+    rank = gauge.orthonormal_tangents(found, state)[1]
+    draw = torch.Generator().manual_seed(5)
+    generic = {
+        k: torch.randn(v.shape, dtype=torch.float64, generator=draw) for k, v in state.items()
+    }
+    assert counted.parameters == sum(v.numel() for v in state.values())
+    assert counted.group == sum(g.dimension for g in found)
+    assert counted.orbit == rank and counted.quotient == counted.parameters - rank
+    assert counted.orbit_bounds == (rank, rank) and counted.reason == ""
+    assert counted.generic_orbit == gauge.orthonormal_tangents(found, generic)[1]
+    assert counted.special == (rank < counted.generic_orbit)
+
+
+@pytest.mark.parametrize(
+    ("widths", "quotient"),
+    [
+        # Products of rank r form a manifold of dimension r (m + n − r). Where all factors have full
+        # rank the fibre is one orbit unless a layer is wider than both neighbours.
+        ((4, 2, 2, 3), 2 * (4 + 3 - 2)),
+        ((4, 3, 2, 3), 2 * (4 + 3 - 2) + 1),
+        ((3, 6, 2), 3 * 2),
+        ((2, 3, 4, 4), 2 * (2 + 4 - 2)),
+    ],
+)
+def test_dimensions_of_linear_chains(widths: tuple[int, ...], quotient: int) -> None:
+    model = linear_chain(*widths).double()
+    found = [g for g in gauge.find(model) if g.likelihood is None]
+    counted = gauge.quotient_dimension(model, found)
+    state = {k: v.detach() for k, v in model.named_parameters()}
+    assert counted.orbit == gauge.orthonormal_tangents(found, state)[1]
+    if widths != (2, 3, 4, 4):
+        assert counted.quotient == quotient
+    else:  # the fibre has directions that no group element moves along
+        assert counted.quotient >= quotient
+
+
+def test_dimensions_at_special_states() -> None:
+    model = mlp().double()
+    found = gauge.find(model)
+    state = {k: v.detach().clone() for k, v in model.named_parameters()}
+    assert gauge.quotient_dimension(state, found).orbit == 5 + 3 + 4
+    state["0.weight"][2] = 0
+    state["0.bias"][2] = 0
+    state["3.weight"][:, 2] = 0
+    counted = gauge.quotient_dimension(state, found)
+    assert (counted.orbit, counted.generic_orbit, counted.special) == (11, 12, True)
+    assert counted.quotient == counted.parameters - 11
+    # a gauge given twice counts once
+    assert gauge.quotient_dimension(state, found * 2).orbit == 11
+    # equal classes: a rescaling of 3 -> 5 moves the readers as a class shift does, not the writers
+    state["5.weight"][:] = 1
+    assert gauge.quotient_dimension(state, found).orbit == 11
+    state["3.weight"][:] = 0
+    state["3.bias"][:] = 0
+    assert gauge.quotient_dimension(state, found).orbit == 4 + 4  # of 0 -> 3 and class shifts
+
+
+def test_dimensions_of_a_large_model_without_dense_tangents() -> None:
+    """1.3 million parameters, a group of dimension 2048; bounds where units do not suffice."""
+    model = nn.Sequential(
+        nn.Linear(128, 1024), nn.ReLU(), nn.Linear(1024, 1024), nn.ReLU(), nn.Linear(1024, 128)
+    )
+    state = {k: v.detach().clone() for k, v in model.named_parameters()}
+    at = [torch.arange(1024)[:, None]] * 2
+    found: list[gauge.Gauge] = []
+    for i, (p, q) in enumerate((("0", "2"), ("2", "4"))):
+        slots = (
+            Slot(f"{p}.weight", 0, at[i], 1024, 1),
+            Slot(f"{p}.bias", 0, at[i], 1024, 1),
+            Slot(f"{q}.weight", 1, at[i], 1024, -1),
+        )
+        names = (f"{p}.weight", f"{p}.bias", f"{q}.weight")
+        found.append(gauge.Rescaling(p, "R", names, (1024,), None, slots, True))
+    counted = gauge.quotient_dimension(state, found)
+    assert counted.orbit == counted.generic_orbit == 2048
+    state["0.weight"][7] = 0
+    state["0.bias"][7] = 0
+    counted = gauge.quotient_dimension(state, found)
+    assert counted.orbit is None and counted.quotient is None and counted.special is None
+    assert counted.orbit_bounds == (2047, 2048)
+    assert "the orbit through the state: more than 50,000,000 numbers" in counted.reason
+    with pytest.raises(TypeError, match=r"model_or_state: expected a torch\.nn\.Module or"):
+        gauge.quotient_dimension(3, found)  # type: ignore[arg-type]  # the point

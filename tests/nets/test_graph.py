@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import operator
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -121,6 +122,50 @@ def test_some_parameters_only() -> None:
         torch.testing.assert_close(run(found, new, inputs), call_model(model, new, inputs))
     with pytest.raises(ValueError, match="names: no parameter called 'nope'"):
         capture(model, inputs, names=["nope"])
+
+
+@pytest.mark.parametrize("case", ["mlp", "tuple"])
+def test_a_graph_without_extents_computes_any_number_of_samples(case: str) -> None:
+    model, inputs = cases()[case]
+    first = next(name for name, _ in model.named_parameters())
+    for names in (None, [first]):
+        found = capture(model, slice_batch(inputs, 0, 2), names=names)
+        assert found.names_no_extent()
+        with torch.no_grad():
+            torch.testing.assert_close(found.replay(inputs), call_model(model, {}, inputs))
+
+
+class Extent(nn.Module):
+    """Records the number of samples in one way or another."""
+
+    def __init__(self, of: Callable[[Tensor], Tensor]) -> None:
+        super().__init__()
+        self.inner, self.of = nn.Linear(3, 2), of
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.of(self.inner(x))
+
+
+EXTENTS: dict[str, Callable[[Tensor], Tensor]] = {
+    "view": lambda h: h.view(len(h), 1, 2).flatten(1),
+    "new": lambda h: h + torch.zeros(len(h), 1),
+    "arange": lambda h: h[torch.arange(len(h))],
+    "constant": lambda h: h + torch.tensor([[0.0]] * len(h)),
+    "slice": lambda h: h + h.detach().repeat(2, 1)[: len(h)],
+    "unbind": lambda h: torch.stack(h.unbind()),
+    "scalar": lambda h: h * len(h) / len(h),
+}
+
+
+@pytest.mark.parametrize("of", EXTENTS)
+def test_a_graph_that_may_hold_the_number_of_samples_says_so(of: str) -> None:
+    assert not capture(Extent(EXTENTS[of]), torch.randn(2, 3)).names_no_extent()
+
+
+@pytest.mark.parametrize("case", ["conv", "block"])
+def test_views_name_extents(case: str) -> None:
+    model, inputs = cases()[case]
+    assert not capture(model, inputs).names_no_extent()
 
 
 def test_capture_leaves_the_model_alone() -> None:

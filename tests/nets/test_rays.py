@@ -613,6 +613,57 @@ def test_models_that_mix_samples_are_refused() -> None:
         )  # fmt: skip
 
 
+class _ByNumber(nn.Module):
+    """Doubles its output for more samples than it is compared on."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = nn.Linear(3, 2).double()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.inner(x) * (2.0 if len(x) > 8 else 1.0)
+
+
+def test_models_that_depend_on_the_number_of_samples_are_refused() -> None:
+    x = torch.randn(20, 3, dtype=F64)
+    with pytest.raises(ValueError, match="each sample on its own"):
+        ray_curvature(_ByNumber(), x, {"inner.weight": torch.randn(1, 2, 3)}, [0.0])
+
+
+@pytest.mark.parametrize(("name", "count"), [("mlp", 1), ("view", 2)])
+def test_one_recording_serves_all_numbers_of_samples_it_holds_for(
+    name: str, count: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    torch.manual_seed(0)
+    layers: list[nn.Module] = [nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 2)]
+    if name == "view":
+        layers.insert(0, nn.Flatten())
+    model = nn.Sequential(*layers).double()
+    x = torch.randn(6, 3, 1, dtype=F64) if name == "view" else torch.randn(6, 3, dtype=F64)
+    sizes: list[int] = []
+    record = graph.capture
+
+    def counted(model: nn.Module, inputs: Any, **kwargs: Any) -> graph.Capture:
+        sizes.append(graph.batch_size(inputs))
+        return record(model, inputs, **kwargs)
+
+    monkeypatch.setattr(graph, "capture", counted)
+    u = {k: torch.randn(2, *v.shape, dtype=F64) for k, v in model.named_parameters()}
+    found = ray_curvature(model, x, u, [0.0])
+    assert len(sizes) == count
+    norms = sum(v.flatten(1).square().sum(1) for v in u.values())
+    state = {k: v.detach() for k, v in model.named_parameters()}
+    for i in range(2):
+        z, dz = torch.func.jvp(
+            lambda s: torch.func.functional_call(model, s, (x,)),
+            (state,),
+            ({k: v[i] for k, v in u.items()},),
+        )
+        p = z.softmax(1)
+        want = ((p * dz**2).sum(1) - (p * dz).sum(1) ** 2).mean() / norms[i]
+        torch.testing.assert_close(found.fisher[i, 0], want.detach(), rtol=1e-11, atol=0)
+
+
 def test_a_kink_at_the_base_point_is_reported() -> None:
     model = nn.Sequential(nn.Linear(2, 3, bias=False), nn.ReLU(), nn.Linear(3, 2)).double()
     first = model[0]

@@ -56,6 +56,22 @@ def test_kinds() -> None:
         assert abs(float(by_order[order][axis])) == pytest.approx(1.0)
 
 
+def test_counts_on_the_quotient() -> None:
+    """Two ReLU units on one input: what is dead, and what of it the rescalings do not explain."""
+    model = nn.Sequential(nn.Linear(1, 2, bias=False), nn.ReLU(), nn.Linear(2, 1, bias=False))
+    model = model.double()
+    model[0].weight.data = torch.ones(2, 1, dtype=D)
+    model[2].weight.data = torch.tensor([[1.0, 2.0]], dtype=D)
+    counts = dd.dead_directions(model, ONE.new_ones(3, 1), likelihood="gaussian").counts
+    # f = (a1 b1 + a2 b2) x: of 4 parameters one direction is live, two are orbits, one is flat
+    assert (counts.total, counts.gauge, counts.quotient) == (3, 2, 1)
+    assert (counts.fibre, counts.singular, counts.unresolved) == (1, 0, 0)
+    said = "3 dead: gauge 2, 1 on the quotient (fibre 1, singular 0, unresolved 0)"
+    assert str(counts) == said
+    mixed = found(lambda w: torch.stack([w[0] ** 2, w[1] ** 3 + 0 * w[2]]), [0.0] * 3).counts
+    assert (mixed.total, mixed.gauge, mixed.quotient, mixed.singular) == (3, 0, 3, 2)
+
+
 def test_curved_fibre() -> None:
     """y = x²: the straight line has order 2, the fibre itself is flat."""
     result = found(lambda w: w[1] - w[0] ** 2, [0.0, 0.0])

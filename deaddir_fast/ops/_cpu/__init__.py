@@ -1,5 +1,7 @@
 """Launchers of the C++ kernels, one file per family; names are those of the operations."""
 
+from deaddir_fast.ops._cpu.adam import scaled_adam_, scaled_squares, shared_adam_
+from deaddir_fast.ops._cpu.block import block_adam_, block_products
 from deaddir_fast.ops._cpu.curvature import (
     directional_curvature,
     directional_curvature_rank1,
@@ -16,6 +18,8 @@ from deaddir_fast.ops._cpu.kron import (
 from deaddir_fast.ops._cpu.softmax import linear_softmax_fisher, softmax_fisher, softmax_kl
 
 __all__ = [
+    "block_adam_",
+    "block_products",
     "directional_curvature",
     "directional_curvature_rank1",
     "directional_scores",
@@ -29,6 +33,9 @@ __all__ = [
     "kron_quadratic_rank1",
     "kron_solve",
     "linear_softmax_fisher",
+    "scaled_adam_",
+    "scaled_squares",
+    "shared_adam_",
     "softmax_fisher",
     "softmax_kl",
 ]

@@ -5,10 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from torch import Tensor
-
 from deaddir_fast import _native
-from deaddir_fast.ops._dispatch import Kernel
+from deaddir_fast.ops._dispatch import Kernel, tensors
 
 
 def extension() -> Any:
@@ -19,8 +17,8 @@ def extension() -> Any:
 
 def problem(*args: Any) -> str | None:
     """Say why a C++ kernel cannot take these arguments."""
-    for value in args:
-        if isinstance(value, Tensor) and not value.is_cpu:
+    for value in tensors(args):
+        if not value.is_cpu:
             return f"its tensors are on {value.device} and the C++ kernels read CPU memory"
     return None
 

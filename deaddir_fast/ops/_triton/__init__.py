@@ -3,6 +3,8 @@
 Triton is imported at the first launch.
 """
 
+from deaddir_fast.ops._triton.adam import scaled_adam_, scaled_squares, shared_adam_
+from deaddir_fast.ops._triton.block import block_adam_, block_products
 from deaddir_fast.ops._triton.curvature import (
     directional_curvature,
     directional_curvature_rank1,
@@ -19,6 +21,8 @@ from deaddir_fast.ops._triton.kron import (
 from deaddir_fast.ops._triton.softmax import linear_softmax_fisher, softmax_fisher, softmax_kl
 
 __all__ = [
+    "block_adam_",
+    "block_products",
     "directional_curvature",
     "directional_curvature_rank1",
     "directional_scores",
@@ -32,6 +36,9 @@ __all__ = [
     "kron_quadratic_rank1",
     "kron_solve",
     "linear_softmax_fisher",
+    "scaled_adam_",
+    "scaled_squares",
+    "shared_adam_",
     "softmax_fisher",
     "softmax_kl",
 ]

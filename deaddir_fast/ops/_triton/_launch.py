@@ -6,13 +6,13 @@ from typing import Any
 
 from torch import Tensor
 
+from deaddir_fast.ops._dispatch import tensors
+
 
 def problem(*args: Any) -> str | None:
     """Say why a Triton kernel cannot take these arguments."""
-    for value in args:
-        if isinstance(value, Tensor):
-            return _device_problem(value)
-    return None
+    first = next(tensors(args), None)
+    return None if first is None else _device_problem(first)
 
 
 def _device_problem(x: Tensor) -> str | None:
