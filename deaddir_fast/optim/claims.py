@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 
 from deaddir_fast.gauge.base import Gauge
+from deaddir_fast.gauge.batch_norm import NormRescaling
 from deaddir_fast.gauge.complex import ComplexRescaling
 from deaddir_fast.gauge.linear import GeneralLinear
 from deaddir_fast.gauge.rescaling import Rescaling, Slot
@@ -86,6 +87,8 @@ class Units:
 
 def units(gauge: Gauge) -> Units | None:
     """The units of a gauge, or None where it has none of the known forms."""
+    if isinstance(gauge, NormRescaling):  # it shifts biases besides
+        return None
     if isinstance(gauge, Rescaling):
         none = tuple(torch.full((s.size,), -1) for s in gauge.slots)
         owner = tuple(s.unit_of() for s in gauge.slots)

@@ -297,6 +297,8 @@ CASES: dict[str, tuple[Any, Any, set[tuple[str, str, int]]]] = {
             ("general linear: v -> o", "GL(4)", 16),
             ("translation: v.bias -> o.bias", "R^4", 4),
             ("class shift: o", "R^9", 9),
+            # two query heads share the one key head
+            ("permutation: q -> o", "S_2", 0),
         },
     ),
     # Two of four units turn; of the others the key bias is invisible.
@@ -310,6 +312,7 @@ CASES: dict[str, tuple[Any, Any, set[tuple[str, str, int]]]] = {
             ("translation: k.bias -> softmax", "R^2", 2),
             ("translation: v.bias -> o.bias", "R^4", 4),
             ("class shift: o", "R^9", 9),
+            ("permutation: q -> o", "S_2", 0),
         },
     ),
     # No complex number commutes with these but the real ones.
@@ -320,6 +323,7 @@ CASES: dict[str, tuple[Any, Any, set[tuple[str, str, int]]]] = {
             ("rescaling: q -> k", "(R^*)^2", 2),
             ("general linear: v -> o", "GL(4)", 16),
             ("class shift: o", "R^8", 8),
+            ("permutation: q -> o", "S_2", 0),
         },
     ),
     "attention without biases": (
