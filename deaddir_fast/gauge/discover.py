@@ -62,7 +62,8 @@ def find(model: nn.Module, inputs: Any = None) -> list[Gauge]:
     elements of a linear group found already are left out. What is indexed by two axes of one
     parameter at once permutes alike along the other (the hidden units of stacked experts, the
     channels inside the groups of a grouped convolution), and experts kept in separate modules are
-    not compared.
+    not compared. Tokens sorted by expert are not followed: what permutes through the experts of a
+    grouped product (their units, the features they read) is not found.
 
     Args:
         model: any module; left exactly as it is.

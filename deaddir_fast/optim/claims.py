@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from deaddir_fast.gauge.base import Gauge
-from deaddir_fast.gauge.batch_norm import NormRescaling
+from deaddir_fast.gauge.batch_norm import NormPermutation, NormRescaling
 from deaddir_fast.gauge.complex import ComplexRescaling
 from deaddir_fast.gauge.linear import GeneralLinear
 from deaddir_fast.gauge.rescaling import Rescaling, Slot
@@ -193,7 +193,8 @@ def treat(
                 undecayed.add(gauge.source)
                 claims.append(Claim(gauge, STILL))
         elif found is None:
-            free = gauge.dimension == 0
+            # Statistics of batch norms stay in place: γ would take another scale along.
+            free = gauge.dimension == 0 and not isinstance(gauge, NormPermutation)
             claims.append(Claim(gauge, FREE if free else NONE, "" if free else "no rule for it"))
         elif found.size > 1:
             places = {(s.parameter, a) for s in found.slots for a in s.axes}

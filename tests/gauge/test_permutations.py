@@ -19,7 +19,9 @@ from torch.func import functional_call
 import deaddir_fast as dd
 from deaddir_fast import gauge
 from deaddir_fast.gauge import spaces
+from deaddir_fast.gauge.rescaling import Slot
 from deaddir_fast.gauge.spaces import Space
+from deaddir_fast.gauge.verify import Verifier
 from gauge.models import Attention, Gated, Residual, conv_net, mlp, with_statistics
 
 
@@ -475,3 +477,19 @@ def test_convolutions_with_batch_norm_keep_their_outputs(build: Any) -> None:
         after = functional_call(model, g.act(state, g.random_element()), x)
         assert (after - before).abs().max() <= 1e-12 * before.abs().max()
     assert groups == ["S_3", "S_4"]
+
+
+def test_false_swaps_that_undo_each_other_are_told_apart() -> None:
+    """Rows of one layer and columns of the next swap together only."""
+    model = nn.Sequential(nn.Linear(3, 2), nn.Tanh(), nn.Linear(2, 3)).double()
+    at = torch.arange(2)[:, None]
+
+    def swap(*slots: Slot) -> gauge.Permutation:
+        names = tuple(s.parameter for s in slots)
+        return gauge.Permutation("swap", "S_2", names, (2,), None, slots)
+
+    writers = swap(Slot("0.weight", 0, at, 2, 1), Slot("0.bias", 0, at, 2, 1))
+    readers = swap(Slot("2.weight", 1, at, 2, -1))
+    verifier = Verifier(model, torch.randn(8, 3))
+    assert None not in verifier.objections([writers, readers])
+    assert verifier.objections([swap(*writers.slots, *readers.slots)]) == [None]
