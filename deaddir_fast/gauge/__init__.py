@@ -8,6 +8,7 @@ from deaddir_fast.gauge.discover import find
 from deaddir_fast.gauge.drift import Drift, plot_drift
 from deaddir_fast.gauge.frame import Frame, frame
 from deaddir_fast.gauge.linear import GeneralLinear
+from deaddir_fast.gauge.permutation import Permutation
 from deaddir_fast.gauge.quotient import orthonormal_tangents, project_out
 from deaddir_fast.gauge.rescaling import Rescaling
 from deaddir_fast.gauge.shift import ClassShift, Translation
@@ -19,6 +20,7 @@ __all__ = [
     "Frame",
     "Gauge",
     "GeneralLinear",
+    "Permutation",
     "QuotientDimension",
     "Rescaling",
     "Translation",

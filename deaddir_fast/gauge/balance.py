@@ -14,8 +14,11 @@ from torch import Tensor
 
 from deaddir_fast import _check
 from deaddir_fast.gauge.base import Gauge, State
+from deaddir_fast.gauge.batch_norm import NormRescaling
+from deaddir_fast.gauge.complex import ComplexRescaling
 from deaddir_fast.gauge.entries import blocks, squares
 from deaddir_fast.gauge.linear import GeneralLinear
+from deaddir_fast.gauge.permutation import Permutation
 from deaddir_fast.gauge.rescaling import Rescaling
 from deaddir_fast.gauge.shift import ClassShift, Translation
 
@@ -25,13 +28,23 @@ def conserved(gauge: Gauge, state: State) -> Tensor | None:
 
     - rescaling: (h,) Σ e ‖entries‖² over the slots of each unit, e their exponents: ‖in_j‖² (bias
       included) − ‖out_j‖²;
+    - complex rescaling: (h,) Σ e |entries|² of each pair: |q_j|² − |k_j|². Nothing for its phases,
+      see below;
     - GL blocks: (blocks, d, d) W_in W_inᵀ − W_outᵀ W_out (bias as a column of W_in). Tangents of
       symmetric X alone: those of rotations conserve no function of the parameters;
-    - class shift: the sum over classes of the weight's rows (and of the bias), shape of the gauge;
+    - class shift, and the shift that a mean or a softmax takes away further inside: the sum over
+      classes of the weight's rows (and of the bias), shape of the gauge;
     - translation that nothing takes back (attention key bias): the bias entries themselves;
     - translation b + v, c − W v: None. Its tangent has no component along W, so Q would be a
       function of b and c with ∂Q/∂c = −W ∂Q/∂b for every W. What holds is b' = Wᵀ c', at each
-      moment.
+      moment;
+    - rescaling through batch norms in evaluation mode: None. Its tangent has β' = −γ s μ beside
+      γ' = −γ. As a one-form T it is not closed, dT = −s μ dγ ∧ dβ, and T ∧ dT is not zero either,
+      so that no multiple of it is the differential of a function;
+    - permutation: None, it has no tangents.
+
+    Rotations (the phases of pairs, antisymmetric X of GL) conserve nothing either, for the same
+    reason: T = Σ (w_1 dw_2 − w_2 dw_1) over two or more pairs. <T, θ'> = 0 is all there is.
 
     Args:
         gauge: as returned by ``find``.
@@ -50,7 +63,9 @@ def balance(gauge: Gauge, state: State) -> tuple[Tensor, Tensor] | None:
     if not isinstance(gauge, Gauge):
         raise _check.fail("gauge", gauge, "a Gauge", TypeError)
     gauge._check_state(state)
-    if isinstance(gauge, Rescaling):
+    if isinstance(gauge, NormRescaling | Permutation):
+        return None
+    if isinstance(gauge, Rescaling | ComplexRescaling):
         parts = [(s.exponent, squares(state[s.parameter], s, {})) for s in gauge.slots]
         device = parts[0][1].device
         terms = torch.stack([e * q.to(device) for e, q in parts])

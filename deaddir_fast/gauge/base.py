@@ -1,4 +1,4 @@
-"""What a gauge is: a Lie group acting on the parameters that leaves the model's law unchanged."""
+"""What a gauge is: a group acting on the parameters that leaves the model's law unchanged."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ State = Mapping[str, Tensor]
 
 @dataclass(frozen=True, eq=False)
 class Gauge(ABC):
-    """A continuous symmetry group of a model's parameters.
+    """A symmetry group of a model's parameters: a Lie group, or a finite one of dimension 0.
 
     Along the orbit curves ``act(state, exp(t X))`` the model's law does not change, so their
     tangents are exactly Fisher-null and their KL order is infinite ("Dead Directions", arXiv
@@ -25,9 +25,9 @@ class Gauge(ABC):
 
     Attributes:
         name: kind of the symmetry and the modules it ties together.
-        group: the group, e.g. ``"(R_>0)^8"``, ``"GL(4)"``, ``"R^3"``.
+        group: the group, e.g. ``"(R_>0)^8"``, ``"GL(4)"``, ``"R^3"``, ``"S_8"``.
         parameters: names of the parameters it moves, in model order.
-        shape: shape of an element and of an algebra element, both plain tensors.
+        shape: shape of an element, a plain tensor.
         likelihood: None where outputs stay exactly as they are; ``"categorical"`` where they move
             by a constant over classes, which only a softmax over the last dimension cannot see.
     """
@@ -42,6 +42,11 @@ class Gauge(ABC):
     def dimension(self) -> int:
         """Dimension of the group (its orbits may be smaller: see ``orthonormal_tangents``)."""
         return math.prod(self.shape)
+
+    @property
+    def algebra_shape(self) -> tuple[int, ...]:
+        """Shape of an algebra element, a plain tensor: that of an element, (0,) if finite."""
+        return self.shape
 
     @abstractmethod
     def identity(self) -> Tensor:
@@ -76,6 +81,12 @@ class Gauge(ABC):
             raise _check.fail(argument, value, f"shape {self.shape} for {self.name!r}")
         return value
 
+    def _check_algebra(self, algebra: Tensor) -> Tensor:
+        _check.tensor("algebra", algebra)
+        if tuple(algebra.shape) != self.algebra_shape:
+            raise _check.fail("algebra", algebra, f"shape {self.algebra_shape} for {self.name!r}")
+        return algebra
+
     def _check_state(self, state: State) -> State:
         for name in self.parameters:
             if name not in state:
@@ -100,12 +111,12 @@ class Gauge(ABC):
 
     def curve(self, state: State, algebra: Tensor, t: float | Tensor) -> dict[str, Tensor]:
         """The orbit curve ``act(state, exp(t algebra))``: exactly flat for the likelihood."""
-        return self.act(state, self.exp(self._check_shape("algebra", algebra) * t))
+        return self.act(state, self.exp(self._check_algebra(algebra) * t))
 
     def velocity(self, state: State, algebra: Tensor) -> dict[str, Tensor]:
         """Velocity at ``state`` of the orbit curve of ``algebra``; only moved parameters."""
         self._check_state(state)
-        return self._velocity(state, self._check_shape("algebra", algebra))
+        return self._velocity(state, self._check_algebra(algebra))
 
     def tangents(self, state: State) -> dict[str, Tensor]:
         """Orbit tangents at ``state``.

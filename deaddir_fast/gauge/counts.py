@@ -10,17 +10,20 @@ from torch import Tensor, nn
 
 from deaddir_fast import _check
 from deaddir_fast.gauge.base import Gauge, State
+from deaddir_fast.gauge.complex import ComplexRescaling
 from deaddir_fast.gauge.entries import (
     Keep,
     Multiplicative,
     blocks,
+    folded,
     in_turn,
+    norms_of,
     squares,
     translations_in_turn,
+    undivided,
 )
 from deaddir_fast.gauge.linear import GeneralLinear
 from deaddir_fast.gauge.quotient import check_gauges, clusters, orthonormal_tangents
-from deaddir_fast.gauge.rescaling import Rescaling
 from deaddir_fast.gauge.shift import ClassShift
 
 #: Numbers in the dense matrix of a cluster's tangents, above which its rank is only bounded.
@@ -74,9 +77,10 @@ def quotient_dimension(
     Gauges that share parameters are counted together. In an order like that of ``frame`` each
     gauge has entries that only it and gauges before it move. The tangents are block triangular
     there, and the rank is at least the sum of the ranks of single units (is any entry not zero),
-    blocks (d² − (d − rank of writers)(d − rank of readers)) and shifts, whatever the size of the
-    model. It is at most the same sum over all entries. Where the two differ (layers wider than
-    both neighbours, zeros next to shared entries), the cluster's dense tangents decide, up to
+    pairs (twice that), blocks (d² − (d − rank of writers)(d − rank of readers)) and shifts,
+    whatever the size of the model. It is at most the same sum over all entries. Where the two
+    differ (layers wider than both neighbours, zeros next to shared entries), the cluster's dense
+    tangents decide, up to
     5·10⁷ numbers; beyond, there are bounds only.
 
     Args:
@@ -139,8 +143,9 @@ def _triangular(state: State, cluster: Sequence[Gauge]) -> tuple[int, int]:
     Ordered as they come here, no gauge moves the own entries of one before it: the tangents are
     block triangular there, which bounds the rank from below. From above it is subadditive.
     """
-    multiplicative = [g for g in cluster if isinstance(g, Rescaling | GeneralLinear)]
-    additive = [g for g in cluster if not isinstance(g, Rescaling | GeneralLinear)]
+    multiplicative = [g for g in cluster if isinstance(g, Multiplicative)]
+    additive = [g for g in cluster if not isinstance(g, Multiplicative)]
+    state = folded(state, norms_of(cluster))  # a change of coordinates leaves ranks alone
     certain = possible = 0
     for gauge, keeps in in_turn(multiplicative, state, additive):
         certain += _rank(gauge, state, keeps)
@@ -150,7 +155,7 @@ def _triangular(state: State, cluster: Sequence[Gauge]) -> tuple[int, int]:
         else:
             possible += _rank(gauge, state, [{} for _ in gauge.slots])
     shifts = [g for g in additive if isinstance(g, ClassShift)]
-    apart = len({g.weight for g in shifts}) == len(shifts)
+    apart = len({p for g in shifts for p in g.parameters}) == sum(len(g.parameters) for g in shifts)
     translations, clean = translations_in_turn(additive, state)
     # The source of a translation moves by v itself, and the rows of a weight by the class shift.
     for translation in translations:
@@ -166,16 +171,22 @@ def _triangular(state: State, cluster: Sequence[Gauge]) -> tuple[int, int]:
 def _rank(gauge: Multiplicative, state: State, keeps: Sequence[Keep]) -> int:
     """Rank of a gauge's tangents on the kept entries of its slots."""
     slots = list(zip(gauge.slots, keeps, strict=True))
-    if isinstance(gauge, Rescaling):
-        sizes = [squares(state[s.parameter], s, keep).cpu() for s, keep in slots]
-        return int((torch.stack(sizes) > 0).any(0).sum())
+    if not isinstance(gauge, GeneralLinear):
+        pairs = isinstance(gauge, ComplexRescaling)
+        sizes = [
+            squares(state[s.parameter], s, keep).cpu()
+            for s, keep in slots
+            if not pairs or undivided(s, keep)
+        ]
+        # Modulus and phase of a pair move it at right angles.
+        alive = (torch.stack(sizes) > 0).any(0) if sizes else torch.zeros(0)
+        return int(alive.sum()) * (2 if pairs else 1)
     d = gauge.shape[1]
     missing = torch.ones(gauge.shape[0], dtype=torch.int64)
     for sign in (1, -1):
         columns = []
         for slot, keep in slots:
-            whole = slot.axis not in keep or bool(keep[slot.axis][slot.positions].all())
-            if slot.exponent == sign and whole:
+            if slot.exponent == sign and undivided(slot, keep):
                 columns.append(blocks(state[slot.parameter], slot, keep, gauge.shape).cpu())
         rank = _ranks(torch.cat(columns, 2), state[slots[0][0].parameter].dtype) if columns else 0
         missing = missing * (d - rank)

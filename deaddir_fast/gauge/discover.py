@@ -1,11 +1,11 @@
-"""Find the continuous symmetries of a model from the dataflow of its forward pass."""
+"""Find the symmetries of a model from the dataflow of its forward pass."""
 
 from __future__ import annotations
 
 import math
 import warnings
 from collections import defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -15,9 +15,12 @@ from torch import Tensor, fx, nn
 from torch.utils import _pytree as pytree
 
 from deaddir_fast import _check
+from deaddir_fast.gauge import batch_norm
 from deaddir_fast.gauge.base import Gauge
+from deaddir_fast.gauge.centring import mean_shifts
 from deaddir_fast.gauge.inputs import made_up
 from deaddir_fast.gauge.linear import GeneralLinear
+from deaddir_fast.gauge.permuting import permutations
 from deaddir_fast.gauge.rescaling import Rescaling, Slot
 from deaddir_fast.gauge.scaling import MOVES, SAME, Flow, aten, flow, grouped, operands, rule_of
 from deaddir_fast.gauge.shift import ClassShift
@@ -38,21 +41,29 @@ _Place = tuple[str, tuple[int, ...], int, int]
 
 
 def find(model: nn.Module, inputs: Any = None) -> list[Gauge]:
-    """The continuous symmetries that the architecture has, each checked numerically.
+    """The symmetries that the architecture has, each checked numerically.
 
     The forward pass is captured as ATen operations, in evaluation mode. Every axis entry of
     every parameter gets an unknown log scale; each operation says which sums of them must vanish
     for it to commute; the exact null space of these equations is the group of all diagonal
     symmetries the rules can see: per-unit rescaling through ReLU-like functions, convolutions,
     pooling and flattening, gated units (up, down), the scales of normalisation layers into the
-    linear maps that follow, per-channel scales of a residual stream only where every reader and
-    writer takes part. Where units meet linear maps alone the group is the full GL(h) (deep
-    linear networks; per head for values and outputs, queries and keys). Bias shifts that later
-    biases or a softmax take back, and the shift of all class rows of the last linear map
-    (``likelihood="categorical"``), complete the list. Discrete symmetries are not gauges here.
+    linear maps that follow, scales in front of a batch norm (running statistics are constants,
+    and its two parameters make up for that), per-channel scales of a residual stream only where
+    every reader and writer takes part. Where units meet linear maps alone the group is the full
+    GL(h) (deep linear networks; per head for values and outputs, queries and keys).
 
-    A symmetry that mixes a scale with a shift (a convolution in front of an evaluation-mode batch
-    norm) is not searched for.
+    Shifts come next: of biases that later biases, batch norms or a softmax take back; of all
+    outputs of a map alike, where only norms that subtract their mean read them, or a softmax; of
+    all class rows and biases of the last linear map (``likelihood="categorical"``).
+
+    Permutations come last: units, channels, attention heads and the features of a residual
+    stream that no operation tells apart (:class:`Permutation`, of dimension 0). Those that are
+    elements of a linear group found already are left out. What is indexed by two axes of one
+    parameter at once permutes alike along the other (the hidden units of stacked experts, the
+    channels inside the groups of a grouped convolution), and experts kept in separate modules are
+    not compared. Tokens sorted by expert are not followed: what permutes through the experts of a
+    grouped product (their units, the features they read) is not found.
 
     Args:
         model: any module; left exactly as it is.
@@ -60,9 +71,9 @@ def find(model: nn.Module, inputs: Any = None) -> list[Gauge]:
             made up from the first layer's shape if None. At most 16 samples are used.
 
     Returns:
-        Gauges: rescalings and general linear groups first, then translations, then class shifts.
-        Each leaves the outputs unchanged at the model's parameters and at a random point nearby.
-        A claim that fails this is dropped with a ``UserWarning``.
+        Gauges: rescalings and general linear groups first, then translations, class shifts and
+        permutations. Each leaves the outputs unchanged at the model's parameters and at a random
+        point nearby. A claim that fails this is dropped with a ``UserWarning``.
 
     Raises:
         TypeError: ``model`` is not a module.
@@ -84,12 +95,11 @@ def find(model: nn.Module, inputs: Any = None) -> list[Gauge]:
 
 def _claims(model: nn.Module, few: Any) -> tuple[list[tuple[Gauge, Gauge | None]], int]:
     """What the rules find on few samples, and on how many to check it."""
-    run = flow(capture(model, few), few)
+    run, norms = _followed(model, few)
     traced = batch_size(few)
     if run.unseen and run.repeat > 1:
         traced *= run.repeat
-        few = pytree.tree_map(partial(_repeated, times=run.repeat), few)
-        run = flow(capture(model, few), few)
+        run, norms = _followed(model, pytree.tree_map(partial(_repeated, times=run.repeat), few))
     names = dict(
         zip(
             (v for v in run.capture.graph.nodes if v.op == "placeholder"),
@@ -97,14 +107,25 @@ def _claims(model: nn.Module, few: Any) -> tuple[list[tuple[Gauge, Gauge | None]
             strict=False,
         )
     )
-    claims: list[tuple[Gauge, Gauge | None]] = [
-        *_diagonal(run),
-        *((g, None) for g in translations(run, names)),
-        *((g, None) for g in _class_shifts(run, names)),
+    diagonal = _diagonal(run, norms)
+    linear = [g for g, _ in diagonal if isinstance(g, GeneralLinear)]
+    others: list[Gauge] = [
+        *translations(run, names, norms.values()),
+        *mean_shifts(run),
+        *_class_shifts(run, names),
+        *permutations(run, linear, norms.values()),
     ]
+    claims = [*diagonal, *((g, None) for g in others)]
     products = sum(_multiplications(run, node) for node in run.capture.graph.nodes)
     samples = int(_WORK / max(products / traced, 1.0))
     return claims, min(_CHECKED, max(_TRACED, samples))
+
+
+def _followed(model: nn.Module, few: Any) -> tuple[Flow, dict[str, batch_norm.Site]]:
+    """The forward pass, and its batch norms by what stands for their running means."""
+    captured = capture(model, few)
+    norms = {site.label: site for site in batch_norm.sites(captured)}
+    return flow(captured, few, {site.buffer: label for label, site in norms.items()}), norms
 
 
 def _repeated(x: Any, times: int) -> Any:
@@ -148,25 +169,31 @@ def _modules(parameters: Iterable[str]) -> str:
     return ", ".join(dict.fromkeys(p.rpartition(".")[0] or p for p in parameters))
 
 
-def _diagonal(run: Flow) -> list[tuple[Gauge, Gauge | None]]:
+def _diagonal(run: Flow, norms: Mapping[str, batch_norm.Site]) -> list[tuple[Gauge, Gauge | None]]:
     """Units that act alike, gathered into gauges; GL where nothing tells them apart."""
     units = run.units
     families: dict[tuple, dict[int, list[dict[int, int]]]] = defaultdict(lambda: defaultdict(list))
     taken: dict[tuple, list[set[int]]] = defaultdict(list)
+    alike: dict[tuple, list[dict[int, int]]] = defaultdict(list)
     for vector in (_oriented(run, v) for basis in units.solve() for v in basis):
         touched: dict[_Place, int] = defaultdict(int)
         for v, exponent in vector.items():
             touched[(units.parameter[v], units.outer[v], units.axis[v], exponent)] += 1
         positive = bool(units.positive[list(vector)].any())
-        label = int(np.sum(units.label[list(vector)], dtype=np.uint64))
-        key = (tuple(sorted(touched.items())), positive)
-        # Units of one gauge own different entries; the rare overlap opens another gauge.
-        layer = next((i for i, t in enumerate(taken[key]) if not t & set(vector)), None)
-        if layer is None:
-            layer = len(taken[key])
-            taken[key].append(set())
-        taken[key][layer] |= set(vector)
-        families[(*key, layer)][label].append(vector)
+        alike[(tuple(sorted(touched.items())), positive)].append(vector)
+    for (touches, positive), vectors in alike.items():
+        if positive and any(p in norms for (p, *_), _ in touches):
+            positive = batch_norm.kinked(units, vectors)
+        key = (touches, positive)
+        for vector in vectors:
+            label = int(np.sum(units.label[list(vector)], dtype=np.uint64))
+            # Units of one gauge own different entries; the rare overlap opens another gauge.
+            layer = next((i for i, t in enumerate(taken[key]) if not t & set(vector)), None)
+            if layer is None:
+                layer = len(taken[key])
+                taken[key].append(set())
+            taken[key][layer] |= set(vector)
+            families[(*key, layer)][label].append(vector)
     claims: list[tuple[Gauge, Gauge | None]] = []
     for (_, positive, _), blocks in families.items():
         by_size: dict[int, list[list[dict[int, int]]]] = defaultdict(list)
@@ -176,25 +203,37 @@ def _diagonal(run: Flow) -> list[tuple[Gauge, Gauge | None]]:
             for part in parts:
                 by_size[len(part)].append(part)
         for size, same in sorted(by_size.items()):
-            claim, weaker = _claim(run, same, size, positive)
-            claims += turned(run, claim) if isinstance(claim, Rescaling) else [(claim, weaker)]
+            claim, weaker = _claim(run, same, size, positive, norms)
+            if isinstance(claim, Rescaling) and not isinstance(claim, batch_norm.NormRescaling):
+                claims += turned(run, claim)
+            else:
+                claims.append((claim, weaker))
     order = {name: i for i, name in enumerate(run.capture.names)}
     return sorted(claims, key=lambda c: order[c[0].parameters[0]])
 
 
 def _oriented(run: Flow, vector: dict[int, int]) -> dict[int, int]:
     """Positive exponents for the parameters used first: they write the unit, the others read it."""
-    first = min(vector, key=lambda v: (run.first_use[run.units.parameter[v]], v))
+    own = (v for v in vector if run.units.parameter[v] in run.first_use)
+    first = min(own, key=lambda v: (run.first_use[run.units.parameter[v]], v))
     return vector if vector[first] > 0 else {v: -e for v, e in vector.items()}
 
 
 def _claim(
-    run: Flow, blocks: list[list[dict[int, int]]], size: int, positive: bool
+    run: Flow,
+    blocks: list[list[dict[int, int]]],
+    size: int,
+    positive: bool,
+    norms: Mapping[str, batch_norm.Site],
 ) -> tuple[Gauge, Gauge | None]:
     units, h = run.units, len(blocks) * size
     entries: dict[_Place, list[list[int]]] = defaultdict(lambda: [[] for _ in range(h)])
+    folded: dict[str, batch_norm.Norm] = {}
     for j, vector in enumerate(u for block in blocks for u in block):
         for v, exponent in vector.items():
+            if units.parameter[v] in norms:
+                folded[units.parameter[v]] = norms[units.parameter[v]].norm
+                continue
             slot = (units.parameter[v], units.outer[v], units.axis[v], exponent)
             entries[slot][j].append(units.index[v])
     order = {name: i for i, name in enumerate(run.capture.names)}
@@ -226,6 +265,8 @@ def _claim(
         slots=slots,
         positive=positive,
     )
+    if folded:
+        return batch_norm.with_norms(rescaling, tuple(folded.values()), order), None
     if size == 1:
         return rescaling, None
     count = f"^{len(blocks)}" if len(blocks) > 1 else ""
@@ -270,6 +311,8 @@ def _class_shifts(run: Flow, names: dict[fx.Node, str]) -> list[Gauge]:
                 biases += [bias[0]] if bias else []
             map_of = _origin(run, operands(node)[-1], names, classes)
             weights += [map_of] if map_of else []
+    if biases and not weights:  # the map is tied to another: its bias moves alone
+        weights, biases = [(biases[0], 0)], []
     for i, (weight, axis) in enumerate(weights):
         # One number on all classes is one direction however many biases could carry it.
         offset = biases[0] if biases and i == 0 else None

@@ -9,63 +9,86 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from deaddir_fast.gauge.base import Gauge, State, along
+from deaddir_fast.gauge.base import Gauge, State
+from deaddir_fast.gauge.batch_norm import Norm, NormRescaling
+from deaddir_fast.gauge.complex import ComplexRescaling
 from deaddir_fast.gauge.linear import GeneralLinear
+from deaddir_fast.gauge.permutation import Permutation
 from deaddir_fast.gauge.rescaling import Rescaling, Slot
 from deaddir_fast.gauge.shift import ClassShift, Translation
 
-Multiplicative = Rescaling | GeneralLinear
+Multiplicative = Rescaling | GeneralLinear | ComplexRescaling
+Axes = tuple[int, ...]
 
 
 @dataclass(frozen=True, eq=False)
 class Hold:
-    """A gauge's hold on one axis of a parameter.
+    """A gauge's hold on one axis of a parameter, or on the axes that a stack indexes together.
 
     Attributes:
         gauge: whose it is.
         slot: the slot behind it; None for gauges that add.
-        parameter, axis: what is held.
-        entries: (size,) bool: the entries of the axis that are moved.
+        parameter, axes: what is held.
+        entries: (size,) bool: the entries of the axes, flattened, that are moved.
     """
 
     gauge: Gauge
     slot: Slot | None
     parameter: str
-    axis: int
+    axes: Axes
     entries: Tensor
 
 
 def holds(gauge: Gauge, state: State, units: Tensor | None = None) -> list[Hold]:
     """Everything that a gauge moves; with ``units`` (h,) bool, what some of its units move.
 
+    A permutation holds nothing: its orbits are points. The biases of batch norms that scales pass
+    through are moved in ``folded`` coordinates as the slots say.
+
     Raises:
-        TypeError: a kind of gauge that is neither of the four of this package.
+        TypeError: a kind of gauge that is none of this package.
     """
 
     def whole(name: str) -> Hold:
-        return Hold(gauge, None, name, 0, torch.ones(state[name].shape[0], dtype=torch.bool))
+        return Hold(gauge, None, name, (0,), torch.ones(state[name].shape[0], dtype=torch.bool))
 
-    if isinstance(gauge, Rescaling | GeneralLinear):
+    if isinstance(gauge, Multiplicative):
         h = gauge.slots[0].positions.shape[0]
         chosen = torch.ones(h, dtype=torch.bool) if units is None else units.cpu()
         chosen = torch.cat([chosen, torch.zeros(1, dtype=torch.bool)])
-        return [Hold(gauge, s, s.parameter, s.axis, chosen[s.unit_of()]) for s in gauge.slots]
+        return [Hold(gauge, s, s.parameter, s.axes, chosen[s.unit_of()]) for s in gauge.slots]
+    if isinstance(gauge, Permutation):
+        return []
     if isinstance(gauge, ClassShift):
         return [whole(n) for n in gauge.parameters]
     if isinstance(gauge, Translation):
         source = torch.zeros(state[gauge.source].shape[0], dtype=torch.bool)
         source[gauge.entries] = True
         return [
-            Hold(gauge, None, gauge.source, 0, source),
+            Hold(gauge, None, gauge.source, (0,), source),
             *(whole(reader.bias) for reader in gauge.readers),
         ]
     raise TypeError(
-        f"gauges: expected Rescaling, GeneralLinear, Translation or ClassShift, got "
-        f"{type(gauge).__name__} {gauge.name!r}"
+        "gauges: expected Rescaling, ComplexRescaling, GeneralLinear, Translation, ClassShift or "
+        f"Permutation, got {type(gauge).__name__} {gauge.name!r}"
     )
 
 
-Keep = dict[int, Tensor]  # axis -> (size,) bool, the entries that count
+def norms_of(gauges: Sequence[Gauge]) -> tuple[Norm, ...]:
+    """The batch norms that scales pass through."""
+    own = (n for g in gauges if isinstance(g, NormRescaling) for n in g.norms)
+    return tuple({n.gamma: n for n in own}.values())
+
+
+def folded(state: State, norms: Sequence[Norm]) -> dict[str, Tensor]:
+    """The state, or a direction, in coordinates in which scales through ``norms`` only scale."""
+    out = dict(state)
+    for norm in norms:
+        out.update(norm.fold(out))
+    return out
+
+
+Keep = dict[Axes, Tensor]  # axes -> (size,) bool, the entries of them, flattened, that count
 
 
 def kept(slot: Slot, others: Sequence[Hold], before: Keep | None = None) -> Keep:
@@ -74,38 +97,51 @@ def kept(slot: Slot, others: Sequence[Hold], before: Keep | None = None) -> Keep
     for other in others:
         if other.parameter == slot.parameter and other.slot is not slot:
             free = ~other.entries
-            keep[other.axis] = keep[other.axis] & free if other.axis in keep else free
+            keep[other.axes] = keep[other.axes] & free if other.axes in keep else free
     return keep
+
+
+def undivided(slot: Slot, keep: Keep) -> bool:
+    """Whether all units of a slot are kept, as far as its own axes tell."""
+    return slot.axes not in keep or bool(keep[slot.axes][slot.positions].all())
 
 
 def counts(slot: Slot, shape: Sequence[int], keep: Keep) -> Tensor:
     """(h,) number of kept entries that each unit owns."""
+    if any(len(axes) > 1 for axes in (slot.axes, *keep)):
+        entries = _masked(torch.ones(tuple(shape), dtype=torch.bool), keep)
+        rest_axes = [a for a in range(len(shape)) if a not in slot.axes]
+        each = entries.sum(rest_axes) if rest_axes else entries
+        return each.reshape(-1)[slot.positions].sum(1).double()
     rest = math.prod(
-        int(keep[a].sum()) if a in keep else size for a, size in enumerate(shape) if a != slot.axis
+        int(keep[(a,)].sum()) if (a,) in keep else size
+        for a, size in enumerate(shape)
+        if a != slot.axis
     )
-    own = keep[slot.axis] if slot.axis in keep else torch.ones(slot.size, dtype=torch.bool)
+    own = keep[slot.axes] if slot.axes in keep else torch.ones(slot.size, dtype=torch.bool)
     return own[slot.positions].sum(1).double() * rest
 
 
 def _masked(w: Tensor, keep: Keep) -> Tensor:
-    for axis, mask in keep.items():
+    for axes, mask in keep.items():
         if not bool(mask.all()):
-            w = w * along(mask.to(w), axis, w.ndim)
+            view = [s if a in axes else 1 for a, s in enumerate(w.shape)]
+            w = w * mask.to(w).reshape(view)
     return w
 
 
 def squares(w: Tensor, slot: Slot, keep: Keep) -> Tensor:
     """(h,) sum of squares of the kept entries of each unit, fp64."""
     w = _masked(w.detach(), keep).reshape(w.shape or (1,))
-    rest = [a for a in range(w.ndim) if a != slot.axis]
+    rest = [a for a in range(w.ndim) if a not in slot.axes]
     rows = torch.linalg.vector_norm(w, dim=rest, dtype=torch.float64) if rest else w.double()
-    return rows.square()[slot.positions.to(w.device)].sum(1)
+    return rows.reshape(-1).square()[slot.positions.to(w.device)].sum(1)
 
 
 def blocks(w: Tensor, slot: Slot, keep: Keep, shape: Sequence[int]) -> Tensor:
     """(blocks, d, columns) the kept entries of each block of units, fp64; others are zero."""
     w = _masked(w.detach().double(), keep)
-    rows = w.movedim(slot.axis, 0).flatten(1) if w.ndim > 1 else w.reshape(-1, 1)
+    rows = w.movedim(slot.axes, tuple(range(len(slot.axes)))).reshape(slot.size, -1)
     owned = rows[slot.positions.to(w.device)]
     return owned.flatten(1).unflatten(0, shape[:2]).flatten(2)
 
@@ -152,7 +188,7 @@ def in_turn(
         gauge = min(pending, key=lambda g: ranks[id(g)])  # the first of equals
         pending.remove(gauge)
         yield gauge, keeps(gauge, own=False)
-        for name in gauge.parameters:
+        for name in {slot.parameter for slot in gauge.slots}:
             held[name] = [h for h in held[name] if h.gauge is not gauge]
         for other in pending:
             if set(other.parameters) & set(gauge.parameters):

@@ -1,8 +1,8 @@
 """A moving frame: the group elements that take a state to a normal form of its orbit.
 
 For a gauge group G a frame is a map from states to elements with frame(h θ) = h frame(θ) (up to
-rotations inside GL blocks and signs). What is measured after moving back by the frame does not
-depend on where on its orbit a state lies: the metric
+rotations inside GL blocks, phases and signs, which are isometries). What is measured after moving
+back by the frame does not depend on where on its orbit a state lies: the metric
 
     <x, y>_θ = <A x, A y>,   A = differential of the inverse frame element at θ,
 
@@ -19,20 +19,27 @@ import torch
 from torch import Tensor
 
 from deaddir_fast import _check
-from deaddir_fast.gauge.base import Gauge, State, along, spread
+from deaddir_fast.gauge.base import Gauge, State, spread
+from deaddir_fast.gauge.batch_norm import Norm, NormRescaling
+from deaddir_fast.gauge.complex import ComplexRescaling
 from deaddir_fast.gauge.entries import (
+    Axes,
     Hold,
     Keep,
     Multiplicative,
     blocks,
     counts,
+    folded,
     holds,
     in_turn,
     kept,
+    norms_of,
     squares,
     translations_in_turn,
+    undivided,
 )
 from deaddir_fast.gauge.linear import GeneralLinear
+from deaddir_fast.gauge.permutation import Permutation
 from deaddir_fast.gauge.rescaling import Rescaling
 from deaddir_fast.gauge.shift import ClassShift, Translation
 
@@ -55,14 +62,17 @@ class Frame:
     Attributes:
         state: the state it was made at.
         normal: the state moved back by the frame: the same for all of an orbit, but for rotations
-            of GL blocks and signs.
+            of GL blocks, phases and signs. Where scales pass through batch norms in evaluation mode
+            it has γ s for γ and β − γ s μ for β, which such scales leave alone.
         steps: the gauges' parts, in the order in which they lead to ``normal``.
+        norms: these batch norms.
         remarks: for each gauge under which the frame is not, or not fully, equivariant, why.
     """
 
     state: State
     normal: dict[str, Tensor]
     steps: tuple[Step, ...]
+    norms: tuple[Norm, ...]
     remarks: tuple[str, ...]
 
     @property
@@ -72,18 +82,22 @@ class Frame:
         return tuple(n for n in self.state if n in touched)
 
     @property
-    def factors(self) -> dict[str, tuple[tuple[int, Tensor], ...]]:
-        """{name: ((axis, (size,) vector), ...)}: the diagonal frame f as products along axes.
+    def factors(self) -> dict[str, tuple[tuple[Axes, Tensor], ...]]:
+        """{name: ((axes, (size,) vector), ...)}: the diagonal frame f as products along axes.
 
         f_e = product of the vectors' entries; f_e(h θ) = |s_e(h)| f_e(θ) where a rescaling h
-        multiplies θ_e by s_e(h). Only rescalings; names that none of them moves are missing.
+        multiplies θ_e by s_e(h), a complex one its pair. Only these; names that none of them
+        moves are missing, and what a scale shifts besides (the bias of a batch norm) is left out.
+        Axes are one, or those that a stack indexes together, flattened in ``vector``.
         """
-        out: dict[str, tuple[tuple[int, Tensor], ...]] = {}
+        out: dict[str, tuple[tuple[Axes, Tensor], ...]] = {}
         for step in self.steps:
-            if isinstance(step.gauge, Rescaling):
+            if isinstance(step.gauge, Rescaling | ComplexRescaling):
+                complex_ = isinstance(step.gauge, ComplexRescaling)
+                size = step.element.norm(dim=-1) if complex_ else step.element
                 for s in step.gauge.slots:
-                    vector = spread(step.element**s.exponent, s.unit_of(), 1.0)
-                    out[s.parameter] = (*out.get(s.parameter, ()), (s.axis, vector))
+                    vector = spread(size**s.exponent, s.unit_of(), 1.0)
+                    out[s.parameter] = (*out.get(s.parameter, ()), (s.axes, vector))
         return out
 
     def tensor(self, name: str) -> Tensor:
@@ -102,8 +116,8 @@ class Frame:
                     f"name: {name!r} has no diagonal frame, {step.gauge.name} mixes it"
                 )
         out = torch.ones_like(w)
-        for axis, vector in self.factors.get(name, ()):
-            out = out * along(vector.to(w), axis, w.ndim)
+        for axes, vector in self.factors.get(name, ()):
+            out = out * vector.to(w).reshape([s if a in axes else 1 for a, s in enumerate(w.shape)])
         return out
 
     def push(self, directions: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -138,14 +152,30 @@ class Frame:
         return {**directions, **(torch.vmap(move)(full) if full and p else full)}
 
     def _push(self, x: dict[str, Tensor]) -> dict[str, Tensor]:
-        for step in self.steps:
+        adding, multiplying = self._parts()
+        for step in adding:
+            x = _differential(step.gauge, x, step.inverse)
+        x = folded(x, self.norms)
+        for step in multiplying:
             x = _differential(step.gauge, x, step.inverse)
         return x
 
     def _pull(self, x: dict[str, Tensor]) -> dict[str, Tensor]:
-        for step in reversed(self.steps):
+        adding, multiplying = self._parts()
+        for step in reversed(multiplying):
+            x = _differential(step.gauge, x, step.element)
+        for norm in self.norms:
+            x = {**x, **norm.unfold(x)}
+        for step in reversed(adding):
             x = _differential(step.gauge, x, step.element)
         return x
+
+    def _parts(self) -> tuple[list[Step], list[Step]]:
+        """Steps that add, which come first, and steps that multiply."""
+        parts: tuple[list[Step], list[Step]] = ([], [])
+        for step in self.steps:
+            parts[isinstance(step.gauge, Multiplicative)].append(step)
+        return parts
 
 
 def read_by(gauge: Gauge) -> tuple[str, ...]:
@@ -155,7 +185,10 @@ def read_by(gauge: Gauge) -> tuple[str, ...]:
 
 
 def _differential(gauge: Gauge, x: dict[str, Tensor], element: Tensor) -> dict[str, Tensor]:
-    """Derivative along x of ``act(·, element)``: all actions here are affine in the state."""
+    """Derivative along x of ``act(·, element)``: all actions here are affine in the state.
+
+    Scales through batch norms act in ``folded`` coordinates.
+    """
     if isinstance(gauge, Translation):
         out = dict(x)
         for reader in gauge.readers:
@@ -163,7 +196,13 @@ def _differential(gauge: Gauge, x: dict[str, Tensor], element: Tensor) -> dict[s
         return out
     if isinstance(gauge, ClassShift):
         return x
-    return {**x, **gauge._act(x, element)}
+    return {**x, **_multiplied(gauge, x, element)}
+
+
+def _multiplied(gauge: Gauge, x: State, element: Tensor) -> dict[str, Tensor]:
+    if isinstance(gauge, NormRescaling):
+        return Rescaling._act(gauge, x, element)
+    return gauge._act(x, element)
 
 
 def frame(state: State, gauges: Sequence[Gauge]) -> Frame:
@@ -175,7 +214,11 @@ def frame(state: State, gauges: Sequence[Gauge]) -> Frame:
     left them, i.e. measured in the frame of what they read:
 
     - rescaling: φ_j is the root mean square of unit j's writer entries (bias included), so that
-      φ_j² ∝ Σ_i (W_ji φ_i)² + b_j²; with exponent e an entry's square counts as its 1/e-th power;
+      φ_j² ∝ Σ_i (W_ji φ_i)² + b_j²; with exponent e an entry's square counts as its 1/e-th power.
+      Behind a batch norm in evaluation mode that passes scales of its input on, its γ and β count
+      as γ s and β − γ s μ, which those only scale;
+    - complex rescaling: the same over the entries of both units of a pair, with phase 0: phases
+      are isometries of the metric, like signs;
     - GL block: a root of the Gram matrix, S = mean of columns w wᵀ of the writers, element L with
       S = L Lᵀ. It transforms under the whole of GL(d), S -> C S Cᵀ.
 
@@ -185,7 +228,8 @@ def frame(state: State, gauges: Sequence[Gauge]) -> Frame:
     wait for the gauges around them. A unit with nothing but zeros reads 1. A GL block that neither
     writers nor readers span has a non-compact isotropy group, hence no invariant metric whatsoever:
     it gets a multiple of the identity, equivariant under rotations and scalings only, and a remark.
-    Where the rank of a writer is within rounding of deficient, so is the frame.
+    Where the rank of a writer is within rounding of deficient, so is the frame. Permutations have
+    no orbits to move along and take no part.
 
     Args:
         state: parameter name to tensor. Norms are taken in fp64.
@@ -216,18 +260,24 @@ def frame(state: State, gauges: Sequence[Gauge]) -> Frame:
     for translation in translations:
         shift = current[translation.source].detach()[translation.entries].double()
         back(translation, shift, -shift)
+    sources = {t.source for t in translations}
     for gauge in gauges:
         if isinstance(gauge, ClassShift):
+            if sources & set(gauge.parameters):
+                remarks.append(f"{gauge.name}: moves the source of a translation: not equivariant")
             mean = _class_mean(gauge, current)
             back(gauge, mean, -mean)
-    multiplicative = [g for g in gauges if isinstance(g, Rescaling | GeneralLinear)]
+    multiplicative = [g for g in gauges if isinstance(g, Multiplicative)]
+    norms = norms_of(multiplicative)
+    current = folded(current, norms)
     found, why = _multiplicative(multiplicative, current)
     steps += found
     remarks += _same_axis(multiplicative) + why
-    others = [g for g in gauges if not any(g is s.gauge for s in steps)]
+    finite = [g for g in gauges if isinstance(g, Permutation)]
+    others = [g for g in gauges if not any(g is o for o in (*finite, *(s.gauge for s in steps)))]
     if others:
         raise TypeError(f"gauges: no frame for {type(others[0]).__name__} {others[0].name!r}")
-    return Frame(dict(state), current, tuple(steps), tuple(remarks))
+    return Frame(dict(state), current, tuple(steps), norms, tuple(remarks))
 
 
 def _class_mean(gauge: ClassShift, state: State) -> Tensor:
@@ -239,14 +289,14 @@ def _class_mean(gauge: ClassShift, state: State) -> Tensor:
 
 
 def _same_axis(gauges: Sequence[Multiplicative]) -> list[str]:
-    """GL blocks do not commute with another gauge on the very same entries of an axis."""
+    """What rotates does not commute with another gauge on the very same entries of an axis."""
     out = []
     for g in gauges:
-        if isinstance(g, GeneralLinear):
+        if isinstance(g, GeneralLinear | ComplexRescaling):
             for s in g.slots:
                 for other in gauges:
                     for t in other.slots if other is not g else ():
-                        if (s.parameter, s.axis) == (t.parameter, t.axis) and bool(
+                        if (s.parameter, s.axes) == (t.parameter, t.axes) and bool(
                             torch.isin(s.positions, t.positions).any()
                         ):
                             out.append(f"{g.name}: {other.name} acts on the same units")
@@ -316,8 +366,13 @@ def _multiplicative(
 
 def _stepped(gauge: Multiplicative, element: Tensor, current: dict[str, Tensor]) -> Step:
     """Move ``current`` back by an element."""
-    inverse = 1 / element if isinstance(gauge, Rescaling) else torch.linalg.inv(element)
-    current.update(gauge._act(current, inverse))
+    if isinstance(gauge, GeneralLinear):
+        inverse = torch.linalg.inv(element)
+    elif isinstance(gauge, ComplexRescaling):  # on its identity's phase
+        inverse = torch.stack([1 / element[:, 0], element[:, 1]], 1)
+    else:
+        inverse = 1 / element
+    current.update(_multiplied(gauge, current, inverse))
     return Step(gauge, element, inverse)
 
 
@@ -332,9 +387,10 @@ def _joined(first: Step, second: Step) -> Step:
 
 def _restricted(gauge: Multiplicative, element: Tensor, units: Tensor) -> Tensor:
     """The element on some units, the identity on the others."""
-    if isinstance(gauge, Rescaling):
-        return torch.where(units, element, torch.ones_like(element))
-    chosen = units.reshape(gauge.shape[:2])[:, :1, None]
+    if isinstance(gauge, GeneralLinear):
+        chosen = units.reshape(gauge.shape[:2])[:, :1, None]
+    else:
+        chosen = units.reshape(-1, *[1] * (element.ndim - 1))
     return torch.where(chosen, element, gauge.identity().to(element))
 
 
@@ -342,16 +398,21 @@ def _determined(
     gauge: Multiplicative, state: State, keeps: Sequence[Keep]
 ) -> tuple[Tensor, Tensor]:
     """(element, (h,) bool of units that the kept entries do not determine, identity there)."""
-    if isinstance(gauge, Rescaling):
-        return _scales(gauge, state, keeps)
-    return _roots(gauge, state, keeps)
+    if isinstance(gauge, GeneralLinear):
+        return _roots(gauge, state, keeps)
+    scales, unknown = _scales(gauge, state, keeps)
+    if isinstance(gauge, ComplexRescaling):
+        return torch.stack([scales, torch.zeros_like(scales)], 1), unknown
+    return scales, unknown
 
 
-def _scales(gauge: Rescaling, state: State, keeps: Sequence[Keep]) -> tuple[Tensor, Tensor]:
+def _scales(
+    gauge: Rescaling | ComplexRescaling, state: State, keeps: Sequence[Keep]
+) -> tuple[Tensor, Tensor]:
     device = state[gauge.slots[0].parameter].device
 
     def side(sign: int) -> Tensor:
-        total = torch.zeros(gauge.shape, dtype=torch.float64, device=device)
+        total = torch.zeros(gauge.shape[:1], dtype=torch.float64, device=device)
         number = torch.zeros_like(total)
         for slot, keep in zip(gauge.slots, keeps, strict=True):
             if slot.exponent * sign > 0:
@@ -378,8 +439,7 @@ def _sides(
     for sign in out:
         columns, number = [], 0
         for slot, keep in zip(gauge.slots, keeps, strict=True):
-            whole = slot.axis not in keep or bool(keep[slot.axis][slot.positions].all())
-            if slot.exponent == sign and whole:
+            if slot.exponent == sign and undivided(slot, keep):
                 w = state[slot.parameter]
                 columns.append(blocks(w, slot, keep, gauge.shape).to(device))
                 number += int(counts(slot, w.shape, keep)[0])

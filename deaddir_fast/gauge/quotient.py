@@ -22,9 +22,12 @@ def _moved(gauge: Gauge) -> tuple[str, ...]:
 
 
 def clusters(gauges: Sequence[Gauge], names: Names = _moved) -> list[list[Gauge]]:
-    """Gauges that share no parameter have orthogonal tangents and are treated apart."""
+    """Gauges that share no parameter have orthogonal tangents and are treated apart.
+
+    Finite groups, which have no tangents, are left out.
+    """
     joined: list[tuple[set[str], list[Gauge]]] = []
-    for gauge in gauges:
+    for gauge in (g for g in gauges if g.dimension):
         own = set(names(gauge))
         touching = [c for c in joined if c[0] & own]
         joined = [c for c in joined if not c[0] & own]
@@ -105,16 +108,14 @@ def orthonormal_tangents(
         _check.positive("tolerance", tolerance)
     bases = [(c, _basis(c, state, tolerance, _names(c), dict)) for c in clusters(gauges)]
     rank = sum(b.shape[0] for _, b in bases)
-    out: dict[str, Tensor] = {}
+    out = {n: _zeros(state[n], rank) for g in gauges for n in g.parameters}
     start = 0
     for cluster, basis in bases:
         column = 0
         for name in _names(cluster):
             value = state[name]
-            full = value.new_zeros(rank, *value.shape)
             part = basis[:, column : column + value.numel()]
-            full[start : start + basis.shape[0]] = part.reshape(-1, *value.shape)
-            out[name] = full
+            out[name][start : start + basis.shape[0]] = part.reshape(basis.shape[0], *value.shape)
             column += value.numel()
         start += basis.shape[0]
     return out, rank

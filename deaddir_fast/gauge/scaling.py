@@ -8,7 +8,7 @@ to see no scaling at all, so a missing rule can hide a symmetry but never invent
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from fractions import Fraction
 from typing import Any
@@ -167,8 +167,11 @@ def _spread_choice(run: Flow, node: fx.Node) -> tuple[Tensor, Tensor]:
     return values.gather(dim, indices), indices
 
 
-def flow(capture: Capture, inputs: Any) -> Flow:
-    """Run the forward pass on ``inputs`` (those of the capture), propagating scales."""
+def flow(capture: Capture, inputs: Any, moving: Mapping[fx.Node, str] | None = None) -> Flow:
+    """Run the forward pass on ``inputs`` (those of the capture), propagating scales.
+
+    ``moving`` names constants that scale like parameters (running means of batch norms).
+    """
     run = Flow(capture, first_use=_first_uses(capture.graph, capture.names))
     stacked = _stacked(capture.graph, capture.names)
     tensors = iter([*capture.parameters.items(), *((None, x) for x in capture.bind(inputs))])
@@ -182,8 +185,10 @@ def flow(capture: Capture, inputs: Any) -> Flow:
                 if name is not None and node.users and value.is_floating_point():
                     run.scales[node] = run.units.declare(name, value, name in stacked)
             elif node.op == "get_attr":
-                run.values[node] = operator.attrgetter(node.target)(capture.module)
-                run.scales[node] = []
+                value = operator.attrgetter(node.target)(capture.module)
+                run.values[node] = value
+                label = (moving or {}).get(node)
+                run.scales[node] = [] if label is None else run.units.declare(label, value)
             elif node.op == "output":
                 for arg in node.all_input_nodes:
                     run.units.require_zero(run.scale(arg))
@@ -408,7 +413,8 @@ def _pad(run: Flow, node: fx.Node) -> Scale:
 
 
 def _cat(run: Flow, node: fx.Node) -> Scale:
-    tensors = operands(node)[0]
+    # An empty vector may stand for "nothing yet" among tensors of more axes.
+    tensors = [t for t in operands(node)[0] if run.shape(t) != (0,)]
     dim = operands(node)[1] if len(operands(node)) > 1 else 0
     shapes = [run.shape(t) for t in tensors]
     out: Scale = []

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from deaddir_fast.gauge.base import Gauge, State, along
+from deaddir_fast.gauge.batch_norm import NormReader
 
 
 class _Additive(Gauge):
@@ -65,13 +66,13 @@ class Translation(_Additive):
     """Bias b -> b + v, absorbed by every reader: its bias c -> c - W v.
 
     Elements have shape (h,), one entry per moved entry of the bias. With no readers the shift is
-    taken back by a softmax that cannot see it (an attention key bias moves all scores of a query
-    alike).
+    taken back by what cannot see it: a softmax (an attention key bias moves all scores of a query
+    alike) or a norm that subtracts the mean.
     """
 
     source: str
     entries: Tensor
-    readers: tuple[Reader, ...]
+    readers: tuple[Reader | NormReader, ...]
 
     def _velocity(self, state: State, algebra: Tensor) -> dict[str, Tensor]:
         b = state[self.source]
@@ -88,7 +89,12 @@ class Translation(_Additive):
 
 @dataclass(frozen=True, eq=False)
 class ClassShift(_Additive):
-    """One vector added to all class rows of the last linear map, one number to all its biases.
+    """One vector added to all output rows of a map, one number to all its biases.
+
+    The last linear map's rows are classes, which the softmax of a categorical likelihood cannot
+    tell from before. Further inside the outputs of the map meet a norm that subtracts their mean,
+    or a softmax, and nothing changes at all (``likelihood`` None). A vector of biases alone is a
+    map without features.
 
     Elements have shape (features,) or (features + 1,): the row vector, then the bias number.
     """

@@ -9,13 +9,15 @@ from __future__ import annotations
 
 import operator
 from collections import defaultdict
+from collections.abc import Collection
 from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 import torch
-from torch import fx
+from torch import Tensor, fx
 
+from deaddir_fast.gauge.batch_norm import NormReader, Site
 from deaddir_fast.gauge.scaling import MOVES, SAME, Flow, move_ids, operands
 from deaddir_fast.gauge.shift import Reader, Translation
 from deaddir_fast.gauge.units import Term, Units, compress
@@ -66,8 +68,10 @@ class _RowConstant:
 class _Walk:
     run: Flow
     names: dict[fx.Node, str]
+    norms: dict[fx.Node, Site] = field(default_factory=dict)
     marks: dict[fx.Node, Any] = field(default_factory=dict)
     failed: set[int] = field(default_factory=set)
+    centred: set[int] = field(default_factory=set)
     orders: dict[tuple[int, ...], int] = field(default_factory=dict)  # rows of a bias, numbered
     # unit -> {(weight, in axis, out axis, bias, number of its rows): input positions}
     readers: dict[int, dict[tuple, list[int]]] = field(default_factory=lambda: defaultdict(dict))
@@ -129,6 +133,21 @@ class _Walk:
             key = (weight, in_axis, out_axis, name, number)
             self.readers[unit].setdefault(key, []).append(_entry(units, column))
 
+    def normalise(self, site: Site) -> None:
+        """Shifted channels enter a batch norm, whose own bias takes the shift back."""
+        z = operands(site.centred)[0]
+        mark = self.marks.get(z)
+        if mark is None:
+            return
+        shape = (1,) * (len(self.run.shape(z)) - len(site.shape)) + site.shape
+        if not isinstance(mark, _Moved) or np.broadcast_shapes(mark.ids.shape, shape) != shape:
+            self.fail(z)
+            return
+        key = (site.norm.gamma, -1, -1, site.norm.beta, -1)
+        for channel, unit in enumerate(np.broadcast_to(mark.ids, shape).reshape(-1).tolist()):
+            if unit:
+                self.readers[unit].setdefault(key, []).append(channel)
+
     def fresh(self, arg: Any) -> _Moved | None:
         """The addend's own units start here."""
         found = self.bias(arg)
@@ -139,9 +158,17 @@ def _entry(units: Units, variable: int) -> int:
     return units.index[variable] if variable > 0 else 0
 
 
-def translations(run: Flow, names: dict[fx.Node, str]) -> list[Translation]:
-    """Translation gauges of the biases; ``names`` maps parameter placeholders to their names."""
-    walk = _Walk(run, names)
+def translations(
+    run: Flow, names: dict[fx.Node, str], norms: Collection[Site] = ()
+) -> list[Translation]:
+    """Translation gauges of the biases.
+
+    Args:
+        run: the forward pass.
+        names: names of the parameters' placeholders.
+        norms: batch norms with constant statistics.
+    """
+    walk = _Walk(run, names, {site.centred: site for site in norms})
     for node in run.capture.graph.nodes:
         if node.op == "call_function":
             mark = _step(walk, node)
@@ -155,6 +182,8 @@ def translations(run: Flow, names: dict[fx.Node, str]) -> list[Translation]:
 def _step(walk: _Walk, node: fx.Node) -> Any:
     target, args = node.target, operands(node)
     marked = [a for a in node.all_input_nodes if a in walk.marks]
+    if node in walk.norms:
+        return walk.normalise(walk.norms[node])
     if target in _ADD:
         return _sum(walk, node)
     if target in _MATMUL:
@@ -233,8 +262,11 @@ def _keeps_last(node: fx.Node) -> bool:
     return node.target in (aten.view.default, aten.expand.default, aten._unsafe_view.default)
 
 
-def _cat(walk: _Walk, node: fx.Node) -> _Moved | None:
-    tensors = operands(node)[0]
+def _cat(walk: _Walk, node: fx.Node) -> Any:
+    # An empty vector may stand for "nothing yet" among tensors of more axes.
+    tensors = [t for t in operands(node)[0] if walk.run.shape(t) != (0,)]
+    if len(tensors) == 1:
+        return walk.marks.get(tensors[0])
     dim = operands(node)[1] if len(operands(node)) > 1 else 0
     marks = [walk.marks.get(t) for t in tensors]
     if not all(m is None or isinstance(m, _Moved) for m in marks):
@@ -273,6 +305,10 @@ def _sum(walk: _Walk, node: fx.Node) -> Any:
     a, b = operands(node)[:2]
     left = walk.marks.get(a) if isinstance(a, fx.Node) else None
     right = walk.marks.get(b) if isinstance(b, fx.Node) else None
+    if node.target is aten.sub.Tensor and _equal(left, right):
+        # What centres its input does not see a shift of all of it.
+        walk.centred |= walk.units_in(left)
+        return None
     plain = node.target is aten.add.Tensor and node.kwargs.get("alpha", 1) == 1
     if not plain or (left is not None and right is not None):
         walk.fail(a, b)
@@ -287,6 +323,14 @@ def _sum(walk: _Walk, node: fx.Node) -> Any:
     if found is not None:
         walk.failed |= walk.units_in(found)  # two biases on one sum: left to the first
     return mark
+
+
+def _equal(a: Any, b: Any) -> bool:
+    """Whether two shifts are the same at every entry."""
+    if not isinstance(a, _Moved) or not isinstance(b, _Moved):
+        return False
+    shape = np.broadcast_shapes(a.ids.shape, b.ids.shape)
+    return bool((np.broadcast_to(a.ids, shape) == np.broadcast_to(b.ids, shape)).all())
 
 
 def _matmul(walk: _Walk, node: fx.Node) -> Any:
@@ -414,26 +458,19 @@ def _collect(walk: _Walk) -> list[Translation]:
     groups: dict[tuple, list[int]] = defaultdict(list)
     for unit in sorted(seen - walk.failed):
         read = walk.readers.get(unit, {})
-        key = tuple(sorted((k, len(p)) for k, p in read.items()))
+        key: tuple = tuple(sorted((k, len(p)) for k, p in read.items()))
+        key = key or ("mean" if unit in walk.centred else "softmax",)
         groups[(units.parameter[unit], key)].append(unit)
     order = list(walk.run.capture.names)
     orders = [torch.tensor(rows) for rows in walk.orders]
     found = []
     for (source, key), members in groups.items():
         readers = tuple(
-            Reader(
-                weight,
-                bias,
-                in_axis,
-                out_axis,
-                torch.tensor([sorted(walk.readers[u][reader_key]) for u in members]),
-                orders[number],
-            )
-            for reader_key, _ in key
-            for weight, in_axis, out_axis, bias, number in [reader_key]
+            _reader(walk, k, orders, [sorted(walk.readers[u][k]) for u in members])
+            for k, _ in (key if members[0] in walk.readers else ())
         )
         moved = sorted({source, *(r.bias for r in readers)}, key=order.index)
-        targets = sorted({r.bias for r in readers}, key=order.index) or ["softmax"]
+        targets = sorted({r.bias for r in readers}, key=order.index) or key
         found.append(
             Translation(
                 name=f"translation: {source} -> {', '.join(targets)}",
@@ -447,3 +484,14 @@ def _collect(walk: _Walk) -> list[Translation]:
             )
         )
     return found
+
+
+def _reader(
+    walk: _Walk, key: tuple, orders: list[Tensor], entries: list[list[int]]
+) -> Reader | NormReader:
+    weight, in_axis, out_axis, bias, number = key
+    positions = torch.tensor(entries)
+    if in_axis < 0:
+        norm = next(s.norm for s in walk.norms.values() if s.norm.gamma == weight)
+        return NormReader(weight, bias, positions, norm.scale)
+    return Reader(weight, bias, in_axis, out_axis, positions, orders[number])

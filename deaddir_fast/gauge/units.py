@@ -82,6 +82,7 @@ class Units:
         parameter, outer, axis, index: for each variable the parameter name and the entry it
             scales of ``axis``, or of ``(*outer, axis)`` flattened.
         positive: the variable passed an operation with a kink: only positive scales commute.
+        kinks: the scales of everything that met an operation with a kink.
         label: variables with different labels were told apart by some operation and do not mix.
     """
 
@@ -92,6 +93,7 @@ class Units:
     rows: list[tuple[list[Fraction], np.ndarray]] = field(default_factory=list)
     positive: np.ndarray = field(default_factory=lambda: np.zeros(1, bool))
     label: np.ndarray = field(default_factory=lambda: np.zeros(1, np.uint64))
+    kinks: list[Scale] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         self._random = np.random.default_rng(0)
@@ -196,6 +198,7 @@ class Units:
 
     def mark_positive(self, scale: Scale) -> None:
         """Record a kink: only positive scales pass."""
+        self.kinks.append(scale)
         for term in scale:
             self.positive[term.ids.reshape(-1)] = True
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
@@ -18,6 +19,7 @@ from deaddir_fast.nets.graph import call_model, readable_attention, recorded
 # Rounding allowed, in units of the working precision. A false claim misses by far more, since
 # elements are of order one and the point is generic.
 _SLACK = 2.0**20
+_FEW = 5  # units; the random cycles of more seldom meet their like
 
 
 class _NoNarrowing(TorchDispatchMode):
@@ -149,9 +151,11 @@ class Verifier:
                     for i, g in enumerate(gauges)
                     if reasons[i] is None and (g.likelihood == "categorical") == categorical
                 ]
-                found = self._changes(p, [gauges[i] for i in chosen])
-                for i, reason in zip(chosen, found, strict=True):
-                    reasons[i] = reason
+                for together in (chosen, *_telling_apart(gauges, chosen)):
+                    tried = [i for i in together if reasons[i] is None]
+                    found = self._changes(p, [gauges[i] for i in tried])
+                    for i, reason in zip(tried, found, strict=True):
+                        reasons[i] = reason
                 chosen = [i for i in chosen if reasons[i] is None]
                 found = self._slopes(p, [gauges[i] for i in chosen])
                 for i, reason in zip(chosen, found, strict=True):
@@ -195,7 +199,9 @@ class Verifier:
         return [self._slope(g, state, gradient) for g in gauges]
 
     def _slope(self, gauge: Gauge, state: dict[str, Tensor], gradient: _Gradient) -> str | None:
-        algebra = torch.randn(gauge.shape, dtype=torch.float64, generator=self._draw)
+        if not math.prod(gauge.algebra_shape):
+            return None
+        algebra = torch.randn(gauge.algebra_shape, dtype=torch.float64, generator=self._draw)
         tangent = gauge.velocity(state, algebra)
         total = parts = length = 0.0
         for name, v in tangent.items():
@@ -210,13 +216,30 @@ class Verifier:
         return f"its tangents move the outputs by {abs(total) / size:.1e} of their parts"
 
     def moves(self, gauges: Sequence[Gauge]) -> list[bool]:
-        """For each gauge whether a random tangent moves any parameter at a generic point."""
+        """For each gauge whether it moves any parameter at a generic point.
+
+        Tried is a random tangent; of a finite group, which has none, a random element.
+        """
+        return [self._moves(g) for g in gauges]
+
+    def _moves(self, gauge: Gauge) -> bool:
         state = self._points[1]
-        algebras = [torch.randn(g.shape, dtype=torch.float64, generator=self._draw) for g in gauges]
-        return [
-            any(bool(v.any()) for v in g.velocity(state, x).values())
-            for g, x in zip(gauges, algebras, strict=True)
-        ]
+        if gauge.dimension:
+            x = torch.randn(gauge.algebra_shape, dtype=torch.float64, generator=self._draw)
+            return any(bool(v.any()) for v in gauge.velocity(state, x).values())
+        after = gauge.act(state, gauge.random_element(self._draw))
+        return any(not torch.equal(after[k], state[k]) for k in gauge.parameters)
+
+
+def _telling_apart(gauges: Sequence[Gauge], chosen: Sequence[int]) -> list[list[int]]:
+    """Sets of permutations of few units: of any two, some set holds one and not the other.
+
+    Two false claims with few elements can undo each other by chance: swaps that only together
+    are one of the model's.
+    """
+    few = [i for i in chosen if not gauges[i].dimension and gauges[i].shape[-1] <= _FEW]
+    bits = range(max(len(few) - 1, 0).bit_length())
+    return [[i for n, i in enumerate(few) if n >> bit & 1] for bit in bits]
 
 
 @dataclass(frozen=True)

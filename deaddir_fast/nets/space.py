@@ -43,7 +43,7 @@ class ParameterSpace:
         out = like.new_zeros(count, self.dimension)
         for name, block in zip(self.names, out.split(self.sizes, 1), strict=True):
             if name in directions:
-                block.copy_(directions[name].reshape(count, -1))
+                block.copy_(directions[name].reshape(count, block.shape[1]))
         return out
 
     def directions(self, vectors: Tensor) -> dict[str, Tensor]:

@@ -91,7 +91,7 @@ def _in_frame(w: Tensor, row: Tensor | None, col: Tensor | None) -> Tensor:
 
 def _class_mean(w: Tensor, layout: Layout, axis: int, groups: Sequence[Any]) -> Tensor:
     """Mean over classes, for classes along rows or columns of a plain matrix."""
-    dim = ROWS if layout.order[0] == axis else COLS
+    dim = ROWS if len(layout.order) > 1 and layout.order[0] == axis else COLS
     sums = w.sum(dim, keepdim=True)
     for group in groups:
         torch.distributed.all_reduce(sums, group=group)

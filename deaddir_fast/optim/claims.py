@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 
 from deaddir_fast.gauge.base import Gauge
+from deaddir_fast.gauge.batch_norm import NormPermutation, NormRescaling
 from deaddir_fast.gauge.complex import ComplexRescaling
 from deaddir_fast.gauge.linear import GeneralLinear
 from deaddir_fast.gauge.rescaling import Rescaling, Slot
@@ -86,6 +87,8 @@ class Units:
 
 def units(gauge: Gauge) -> Units | None:
     """The units of a gauge, or None where it has none of the known forms."""
+    if isinstance(gauge, NormRescaling):  # it shifts biases besides
+        return None
     if isinstance(gauge, Rescaling):
         none = tuple(torch.full((s.size,), -1) for s in gauge.slots)
         owner = tuple(s.unit_of() for s in gauge.slots)
@@ -190,7 +193,8 @@ def treat(
                 undecayed.add(gauge.source)
                 claims.append(Claim(gauge, STILL))
         elif found is None:
-            free = gauge.dimension == 0
+            # Statistics of batch norms stay in place: γ would take another scale along.
+            free = gauge.dimension == 0 and not isinstance(gauge, NormPermutation)
             claims.append(Claim(gauge, FREE if free else NONE, "" if free else "no rule for it"))
         elif found.size > 1:
             places = {(s.parameter, a) for s in found.slots for a in s.axes}

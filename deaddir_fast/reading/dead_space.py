@@ -69,8 +69,13 @@ def orbit_tangents(local: LocalModel, found: Sequence[gauge.Gauge]) -> tuple[Ten
     kept = [g for g in found if g.likelihood in (None, local.likelihood.name)]
     empty = torch.zeros(local.space.dimension, 0, dtype=torch.float64)
     room = ORBIT_ENTRIES // local.space.dimension
-    kept = [g for g in kept if g.dimension <= room]
-    if not kept or sum(g.dimension for g in kept) > room:
+    fitting = []
+    for g in kept:
+        if g.dimension <= room:
+            fitting.append(g)
+            room -= g.dimension
+    kept = fitting
+    if not kept:
         return empty, []
     blocks = []
     for g in kept:

@@ -62,11 +62,9 @@ def bound(
         f"{flat:,} dimensions in which inputs of layers have no component on the data, to rounding"
     ]
     if gauges:
-        rests.append(
-            "symmetries left out: too many for memory"
-            if left_out
-            else f"{orbits:,} more along orbits of verified symmetries"
-        )
+        some = "symmetries left out: too many for memory"
+        along = f"{orbits:,} more along orbits of verified symmetries"
+        rests += ([along] if orbits or not left_out else []) + ([some] if left_out else [])
     return {
         "lower": lower / 2,
         "upper": (d - flat - orbits) / 2,
@@ -89,19 +87,23 @@ def _beyond(
     counted: Mapping[str, Null],
     gauges: Sequence[Gauge],
 ) -> tuple[int, bool]:
-    """(dimensions that orbits add to the parts counted, whether they were left out)."""
+    """(dimensions that orbits add to the parts counted, whether some were left out)."""
     state = {k: v.detach().double() for k, v in model.named_parameters()}
     names = [k for k in state if any(k in g.parameters for g in gauges)]
-    rows = sum(g.dimension for g in gauges)
+    room = LARGEST_TANGENTS // max(1, 8 * sum(state[k].numel() for k in names))
+    rows, fitting = 0, []
+    for g in sorted(gauges, key=lambda g: g.dimension):
+        if g.dimension and rows + g.dimension <= room:
+            fitting.append(g)
+            rows += g.dimension
+    left_out = len(fitting) < sum(g.dimension > 0 for g in gauges)
     if not rows:
-        return 0, False
-    if 8 * rows * sum(state[k].numel() for k in names) > LARGEST_TANGENTS:
-        return 0, True
+        return 0, left_out
     moved: dict[str, Tensor] = {
         k: torch.zeros(rows, *state[k].shape, dtype=torch.float64) for k in names
     }
     at = 0
-    for g in gauges:
+    for g in fitting:
         for k, value in g.tangents(state).items():
             moved[k][at : at + g.dimension] = value.cpu()
         at += g.dimension
@@ -120,9 +122,9 @@ def _beyond(
     matrix = torch.cat([v.flatten(1) for v in moved.values()], 1)
     matrix = matrix[lengths > 0] / lengths[lengths > 0, None]
     if not matrix.numel():
-        return 0, False
+        return 0, left_out
     values = torch.linalg.svdvals(torch.linalg.qr(matrix.mT, mode="r").R)
-    return int((values > 1e-9 * values[0]).sum()) if float(values[0]) > 0 else 0, False
+    return int((values > 1e-9 * values[0]).sum()) if float(values[0]) > 0 else 0, left_out
 
 
 def _without(u: Tensor, null: Null, a: Spectrum) -> Tensor:

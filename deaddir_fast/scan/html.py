@@ -378,7 +378,7 @@ def _rest(scan: Scan) -> Iterator[Html]:
         )
     else:
         searched = report["settings"].get("gauges", True)
-        said = "No continuous symmetry was found." if searched else "The model was not searched."
+        said = "No symmetry was found." if searched else "The model was not searched."
         yield section("Symmetries", paragraph(said), identity="gauges")
     for probe in report.get("probes", []):
         yield section(

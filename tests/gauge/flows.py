@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from deaddir_fast import gauge
-from gauge.models import Attention, Gated, Residual, Shared, TiedHead, conv_net, mlp, normed
+from gauge.models import Attention, Gated, Residual, Rotary, Shared, TiedHead, conv_net, mlp, normed
 
 State = dict[str, Tensor]
 Field = Callable[[State], State]
@@ -29,6 +29,7 @@ MODELS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...] | None]] = {
     "shared": (Shared, (9, 4)),
     "tied": (lambda: TiedHead(F.relu), None),
     "attention": (Attention, (4, 3, 6)),
+    "rotary": (Rotary, (4, 3, 6)),
 }
 
 

@@ -1,4 +1,4 @@
-"""Small models whose continuous symmetries can be listed by hand."""
+"""Small models whose symmetries can be listed by hand."""
 
 from __future__ import annotations
 
@@ -137,9 +137,19 @@ def mlp(act: nn.Module | None = None) -> nn.Sequential:
     )
 
 
+def with_statistics(*layers: nn.Module) -> nn.Sequential:
+    """The layers in a row, batch norms with running statistics as training leaves them."""
+    for layer in layers:
+        if isinstance(layer, nn.modules.batchnorm._BatchNorm):
+            assert layer.running_mean is not None and layer.running_var is not None
+            layer.running_mean.normal_()
+            layer.running_var.uniform_(0.3, 3.0)
+    return nn.Sequential(*layers)
+
+
 def conv_net() -> nn.Sequential:
     """Padding, batch norm, max and average pooling, depthwise, flatten."""
-    return nn.Sequential(
+    return with_statistics(
         nn.Conv2d(1, 3, 3, padding=1),
         nn.ReLU(),
         nn.MaxPool2d(2),

@@ -9,10 +9,11 @@ import torch
 from torch import Tensor, nn
 
 from deaddir_fast import gauge
+from deaddir_fast.gauge.batch_norm import NormRescaling
 from gauge.flows import MODELS, State, case, elements, euler, loss_gradient, rk4
 
 F64 = torch.float64
-SMOOTH = ["deep linear", "gated", "norms", "attention"]
+SMOOTH = ["deep linear", "gated", "norms", "attention", "rotary"]
 
 
 def change(found: tuple[gauge.Gauge, ...], before: State, after: State) -> dict[str, float]:
@@ -63,16 +64,19 @@ def test_their_gradients_are_orbit_tangents(name: str) -> None:
     _, _, state, found = case(name)
     for g in found:
         if gauge.conserved(g, state) is None:
-            assert isinstance(g, gauge.Translation) and g.readers
+            shifted = isinstance(g, gauge.Translation) and g.readers
+            assert shifted or isinstance(g, gauge.Permutation | NormRescaling)
             continue
         leaves = {k: v.clone().requires_grad_() for k, v in state.items()}
         gradients = jacobian(g, leaves)
         tangents = g.tangents(state)
         d = g.shape[-1]
-        for i in range(g.dimension):
+        for i in range(gauge.conserved(g, state).numel()):
             factor, tangent = 1.0, {k: v[i] for k, v in tangents.items()}
             if isinstance(g, gauge.Rescaling):
                 factor = 2.0
+            elif isinstance(g, gauge.ComplexRescaling):  # the modulus of each pair
+                factor, tangent = 2.0, {k: v[2 * i] for k, v in tangents.items()}
             elif isinstance(g, gauge.GeneralLinear):  # symmetric X = E_ij + E_ji
                 b, row, column = i // d**2, i // d % d, i % d
                 other = b * d**2 + column * d + row
@@ -93,7 +97,7 @@ def jacobian(g: gauge.Gauge, state: State) -> State:
             up = gauge.conserved(g, {**state, k: state[k].detach() + step})
             down = gauge.conserved(g, {**state, k: state[k].detach() - step})
             rows.append(((up - down) / 2).reshape(-1))
-        out[k] = torch.stack(rows, 1).reshape(g.dimension, *state[k].shape)
+        out[k] = torch.stack(rows, 1).reshape(-1, *state[k].shape)
     return out
 
 
@@ -105,7 +109,7 @@ def test_gradient_flow_conserves_and_gradient_descent_drifts_like_its_step(name:
     steps = {n: change(found, state, euler(field, state, 0.2 / n, n)) for n in (32, 64)}
     assert flows[16]
     for key, rest in flows[16].items():
-        linear = "class shift" in key or "softmax" in key
+        linear = "class shift" in key or "softmax" in key or "mean" in key
         if linear:  # of first degree: every step conserves it
             assert rest <= 1e-13 and steps[32][key] <= 1e-13
         else:

@@ -54,29 +54,46 @@ CASES: dict[str, tuple[Any, Any, set[tuple[str, str, int]]]] = {
             ("rescaling: 0 -> 3", "(R_>0)^5", 5),
             ("rescaling: 3 -> 5", "(R_>0)^3", 3),
             ("class shift: 5", "R^4", 4),
+            ("permutation: 0 -> 3", "S_5", 0),
+            ("permutation: 3 -> 5", "S_3", 0),
         },
     ),
     "one output": (
         lambda: nn.Sequential(nn.Linear(4, 5), nn.ReLU(), nn.Linear(5, 1)),
         None,
-        {("rescaling: 0 -> 2", "(R_>0)^5", 5)},
+        {
+            ("rescaling: 0 -> 2", "(R_>0)^5", 5),
+            ("permutation: 0 -> 2", "S_5", 0),
+        },
     ),
     "width one": (
         lambda: nn.Sequential(
             nn.Linear(4, 1), nn.ReLU(), nn.Linear(1, 2), nn.ReLU(), nn.Linear(2, 1)
         ),
         None,
-        {("rescaling: 0 -> 2", "(R_>0)^1", 1), ("rescaling: 2 -> 4", "(R_>0)^2", 2)},
+        {
+            ("rescaling: 0 -> 2", "(R_>0)^1", 1),
+            ("rescaling: 2 -> 4", "(R_>0)^2", 2),
+            ("permutation: 2 -> 4", "S_2", 0),
+        },
     ),
     "prelu": (
         lambda: nn.Sequential(nn.Linear(4, 5), nn.PReLU(5), nn.Linear(5, 2, bias=False)),
         None,
-        {("rescaling: 0 -> 2", "(R_>0)^5", 5), ("class shift: 2", "R^5", 5)},
+        {
+            ("rescaling: 0 -> 2", "(R_>0)^5", 5),
+            ("class shift: 2", "R^5", 5),
+            ("permutation: 0, 1 -> 2", "S_5", 0),
+        },
     ),
     "squared relu": (
         lambda: nn.Sequential(nn.Linear(4, 5), nn.ReLU(), Square(), nn.Linear(5, 2, bias=False)),
         None,
-        {("rescaling: 0 -> 3", "(R_>0)^5", 5), ("class shift: 3", "R^5", 5)},
+        {
+            ("rescaling: 0 -> 3", "(R_>0)^5", 5),
+            ("class shift: 3", "R^5", 5),
+            ("permutation: 0 -> 3", "S_5", 0),
+        },
     ),
     "gelu": (
         lambda: mlp(nn.GELU()),
@@ -84,17 +101,23 @@ CASES: dict[str, tuple[Any, Any, set[tuple[str, str, int]]]] = {
         {
             ("rescaling: 3 -> 5", "(R_>0)^3", 3),
             ("class shift: 5", "R^4", 4),
+            ("permutation: 0 -> 3", "S_5", 0),
+            ("permutation: 3 -> 5", "S_3", 0),
         },
     ),
     "tanh": (
         lambda: nn.Sequential(nn.Linear(4, 5), nn.Tanh(), nn.Linear(5, 1)),
         None,
-        set(),
+        {
+            ("permutation: 0 -> 2", "S_5", 0),
+        },
     ),
     "relu6": (
         lambda: nn.Sequential(nn.Linear(4, 5), nn.ReLU6(), nn.Linear(5, 1)),
         None,
-        set(),
+        {
+            ("permutation: 0 -> 2", "S_5", 0),
+        },
     ),
     "conv": (
         conv_net,
@@ -104,6 +127,9 @@ CASES: dict[str, tuple[Any, Any, set[tuple[str, str, int]]]] = {
             ("rescaling: 4 -> 6", "(R_>0)^4", 4),
             ("rescaling: 6 -> 10", "(R_>0)^4", 4),
             ("class shift: 10", "R^17", 17),
+            ("rescaling: 3 -> 4", "(R^*)^4", 4),
+            ("permutation: 0 -> 3", "S_3", 0),
+            ("permutation: 3, 4, 6 -> 6, 10", "S_4", 0),
         },
     ),
     "deep linear": (
@@ -143,7 +169,11 @@ CASES: dict[str, tuple[Any, Any, set[tuple[str, str, int]]]] = {
     "swiglu": (
         Gated,
         None,
-        {("rescaling: up -> down", "(R^*)^6", 6), ("class shift: down", "R^7", 7)},
+        {
+            ("rescaling: up -> down", "(R^*)^6", 6),
+            ("class shift: down", "R^7", 7),
+            ("permutation: gate, up -> down", "S_6", 0),
+        },
     ),
     "bilinear": (
         lambda: Gated(nn.Identity()),
@@ -152,6 +182,7 @@ CASES: dict[str, tuple[Any, Any, set[tuple[str, str, int]]]] = {
             ("rescaling: gate -> down", "(R^*)^6", 6),
             ("rescaling: up -> down", "(R^*)^6", 6),
             ("class shift: down", "R^7", 7),
+            ("permutation: gate, up -> down", "S_6", 0),
         },
     ),
     "norms": (
@@ -162,12 +193,19 @@ CASES: dict[str, tuple[Any, Any, set[tuple[str, str, int]]]] = {
             ("rescaling: 4 -> 5", "(R^*)^3", 3),
             ("translation: 1.bias -> 2.bias", "R^5", 5),
             ("class shift: 5", "R^4", 4),
+            ("translation: 0 -> mean of LayerNorm", "R^5", 5),
+            ("permutation: 0, 1 -> 2", "S_5", 0),
+            ("permutation: 2, 4 -> 5", "S_3", 0),
         },
     ),
     "residual from the input": (
         lambda: Residual(embed=False),
         None,
-        {("rescaling: fc1 -> fc2", "(R_>0)^6", 6), ("class shift: head", "R^5", 5)},
+        {
+            ("rescaling: fc1 -> fc2", "(R_>0)^6", 6),
+            ("class shift: head", "R^5", 5),
+            ("permutation: fc1 -> fc2", "S_6", 0),
+        },
     ),
     # Every writer (embed, fc2) and every reader (fc1, head) of the stream is linear.
     "residual from a linear embedding": (
@@ -178,6 +216,7 @@ CASES: dict[str, tuple[Any, Any, set[tuple[str, str, int]]]] = {
             ("translation: embed.bias -> fc1.bias, head.bias", "R^4", 4),
             ("rescaling: fc1 -> fc2", "(R_>0)^6", 6),
             ("class shift: head", "R^5", 5),
+            ("permutation: fc1 -> fc2", "S_6", 0),
         },
     ),
     "residual with a norm on the branch": (
@@ -188,6 +227,8 @@ CASES: dict[str, tuple[Any, Any, set[tuple[str, str, int]]]] = {
             ("translation: norm.bias -> fc1.bias", "R^4", 4),
             ("rescaling: fc1 -> fc2", "(R_>0)^6", 6),
             ("class shift: head", "R^5", 5),
+            ("permutation: embed, norm, fc2 -> fc1, head", "S_4", 0),
+            ("permutation: fc1 -> fc2", "S_6", 0),
         },
     ),
     # Units of `middle` feed `middle` itself: one scale for both, read by `last`.
@@ -197,15 +238,25 @@ CASES: dict[str, tuple[Any, Any, set[tuple[str, str, int]]]] = {
         {
             ("rescaling: first, middle -> middle, last", "(R_>0)^5", 5),
             ("class shift: last", "R^6", 6),
+            ("permutation: first, middle -> middle, last", "S_5", 0),
         },
     ),
     # embedding * c, columns of mix / c, rows of mix / c (read by the tied head * c).
     "tied head": (
         lambda: TiedHead(F.relu),
         tokens(3, 4, 7),
-        {("rescaling: embedding -> mix", "(R_>0)^4", 4)},
+        {
+            ("rescaling: embedding -> mix", "(R_>0)^4", 4),
+            ("permutation: embedding, mix -> embedding, mix", "S_4", 0),
+        },
     ),
-    "tied head with gelu": (lambda: TiedHead(F.gelu), tokens(3, 4, 7), set()),
+    "tied head with gelu": (
+        lambda: TiedHead(F.gelu),
+        tokens(3, 4, 7),
+        {
+            ("permutation: embedding, mix -> embedding, mix", "S_4", 0),
+        },
+    ),
     # The constant over classes can be carried by either map, the bias only once.
     "two readers": (
         lambda: TwoReaders(spoil=False),
@@ -214,12 +265,17 @@ CASES: dict[str, tuple[Any, Any, set[tuple[str, str, int]]]] = {
             ("rescaling: fc -> left, right", "(R_>0)^5", 5),
             ("class shift: left", "R^5", 5),
             ("class shift: right", "R^6", 6),
+            ("permutation: fc -> left, right", "S_5", 0),
         },
     ),
     "two readers and a sigmoid": (
         lambda: TwoReaders(spoil=True),
         None,
-        {("class shift: left", "R^5", 5), ("class shift: right", "R^6", 6)},
+        {
+            ("class shift: left", "R^5", 5),
+            ("class shift: right", "R^6", 6),
+            ("permutation: fc -> left, right", "S_5", 0),
+        },
     ),
     "attention": (
         Attention,
@@ -230,6 +286,7 @@ CASES: dict[str, tuple[Any, Any, set[tuple[str, str, int]]]] = {
             ("translation: mha.in_proj_bias -> softmax", "R^6", 6),
             ("translation: mha.in_proj_bias -> mha.out_proj.bias", "R^6", 6),
             ("class shift: mha.out_proj", "R^7", 7),
+            ("permutation: mha -> mha.out_proj", "S_2", 0),
         },
     ),
     "rotary attention": (
@@ -240,6 +297,8 @@ CASES: dict[str, tuple[Any, Any, set[tuple[str, str, int]]]] = {
             ("general linear: v -> o", "GL(4)", 16),
             ("translation: v.bias -> o.bias", "R^4", 4),
             ("class shift: o", "R^9", 9),
+            # two query heads share the one key head
+            ("permutation: q -> o", "S_2", 0),
         },
     ),
     # Two of four units turn; of the others the key bias is invisible.
@@ -253,6 +312,7 @@ CASES: dict[str, tuple[Any, Any, set[tuple[str, str, int]]]] = {
             ("translation: k.bias -> softmax", "R^2", 2),
             ("translation: v.bias -> o.bias", "R^4", 4),
             ("class shift: o", "R^9", 9),
+            ("permutation: q -> o", "S_2", 0),
         },
     ),
     # No complex number commutes with these but the real ones.
@@ -263,6 +323,7 @@ CASES: dict[str, tuple[Any, Any, set[tuple[str, str, int]]]] = {
             ("rescaling: q -> k", "(R^*)^2", 2),
             ("general linear: v -> o", "GL(4)", 16),
             ("class shift: o", "R^8", 8),
+            ("permutation: q -> o", "S_2", 0),
         },
     ),
     "attention without biases": (
@@ -272,6 +333,7 @@ CASES: dict[str, tuple[Any, Any, set[tuple[str, str, int]]]] = {
             ("general linear: mha -> mha", "GL(3)^2", 18),
             ("general linear: mha -> mha.out_proj", "GL(3)^2", 18),
             ("class shift: mha.out_proj", "R^6", 6),
+            ("permutation: mha -> mha.out_proj", "S_2", 0),
         },
     ),
 }
@@ -371,7 +433,8 @@ def test_zero_initialised_output_hides_nothing() -> None:
     """At W2 = 0 any change of W1 is invisible; only the symmetry of the architecture counts."""
     model = nn.Sequential(nn.Linear(4, 5), nn.Tanh(), nn.Linear(5, 2))
     nn.init.zeros_(model[2].weight)
-    assert listing(model) == {("class shift: 2", "R^6", 6)}
+    expected = {("class shift: 2", "R^6", 6), ("permutation: 0 -> 2", "S_5", 0)}
+    assert listing(model) == expected
 
 
 def test_bad_arguments_are_named() -> None:
@@ -409,7 +472,7 @@ def test_negative_scales_through_a_relu_are_false() -> None:
 def test_scale_before_a_norm_with_small_epsilon_is_not_claimed() -> None:
     """Nearly invariant (the epsilon breaks it at 1e-5) is not a symmetry."""
     model = nn.Sequential(nn.Linear(4, 5), nn.LayerNorm(5, elementwise_affine=False))
-    assert listing(model) == set()
+    assert listing(model) == {("translation: 0 -> mean of LayerNorm", "R^5", 5)}
 
 
 def test_scale_before_a_norm_without_epsilon_is_one_global_scale() -> None:

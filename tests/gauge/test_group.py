@@ -83,7 +83,7 @@ def test_curves_are_one_parameter_subgroups_with_the_stated_tangents(name: str) 
     _, _, state, found = case(name)
     draw = torch.Generator().manual_seed(3)
     for g in found:
-        x = torch.randn(g.shape, dtype=torch.float64, generator=draw)
+        x = torch.randn(g.algebra_shape, dtype=torch.float64, generator=draw)
         assert close(g.curve(g.curve(state, x, 0.3), x, 0.4), g.curve(state, x, 0.7))
         _, derivative = torch.func.jvp(
             lambda t, g=g, x=x: {
