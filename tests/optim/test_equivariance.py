@@ -22,7 +22,7 @@ from gauge.models import (
 from torch import Tensor, nn
 
 from deaddir_fast import gauge
-from deaddir_fast.optim.claims import CHAIN, FRAME, LAYER, NONE, PAIR, SHARED, SHIFT, STILL
+from deaddir_fast.optim.claims import CHAIN, FRAME, FREE, LAYER, NONE, PAIR, SHARED, SHIFT, STILL
 from optim.trajectories import transported
 
 EXACT = 1e-12
@@ -61,7 +61,7 @@ CASES: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...], str, list[str]]
     "chain without biases": (no_bias_chain, (64, 6), "regression", [FRAME] * 3),
     "pair": (two_layers, (64, 6), "regression", [PAIR]),
     "dropout-free mlp": (lambda: mlp().eval(), (64, 4), "classes", [FRAME] * 2 + [SHIFT]),
-    "norms as pairs": (normed, (64, 4), "regression", [PAIR, PAIR, NONE]),
+    "norms as pairs": (normed, (64, 4), "regression", [PAIR, PAIR, NONE, NONE]),
     "gated": (Gated, (64, 4), "classes", [FRAME, SHIFT]),
     "norm into gated": (gated_residual, (64, 6), "classes", [FRAME, FRAME, SHIFT]),
     "residual, norm": (
@@ -73,7 +73,7 @@ CASES: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...], str, list[str]]
     "shared layer": (Shared, (64, 4), "regression", [FRAME]),
     "deep linear": (deep_linear, (64, 4), "regression", [SHARED, SHARED]),
     "attention": (Attention, (16, 5, 6), "regression", [SHARED, SHARED, STILL, NONE]),
-    "convolutions": (conv_net, (32, 1, 8, 8), "classes", [PAIR, FRAME, FRAME, SHIFT]),
+    "convolutions": (conv_net, (32, 1, 8, 8), "classes", [PAIR, NONE, FRAME, FRAME, SHIFT]),
     "tied head": (lambda: TiedHead(F.relu), (), "tokens", [FRAME]),
 }  # fmt: skip
 
@@ -165,6 +165,19 @@ def test_global_scale(name: str, c: float) -> None:
     pair = transported(model, inputs, target, loss, found, elements=everywhere, lr=LR)
     assert pair.ours <= EXACT
     assert pair.adamw > 1e-2
+
+
+@pytest.mark.parametrize("name", ["deep, classes", "pair", "convolutions"])
+def test_permutations(name: str) -> None:
+    """Units, channels: the state moves along with them."""
+    model, inputs, target, loss, _ = problem(name, torch.float64)
+    found = [g for g in gauge.find(model, inputs) if g.likelihood is None]
+    draw = torch.Generator().manual_seed(0)
+    swaps = [(g, g.random_element(draw)) for g in found if isinstance(g, gauge.Permutation)]
+    pair = transported(model, inputs, target, loss, found, elements=swaps, lr=LR, adamw=False)
+    claimed = {id(c.gauge): c.treatment for c in pair.optimizer.claims}
+    assert swaps and {claimed[id(g)] for g, _ in swaps} == {FREE}
+    assert pair.ours <= EXACT
 
 
 def test_vertical_mode_amplifies_rounding() -> None:

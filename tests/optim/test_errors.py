@@ -202,7 +202,8 @@ def test_describe_is_a_table() -> None:
 
 
 def test_claims_say_what_they_are() -> None:
-    (claim,) = (c for c in DDCAdam(pair(), likelihood="gaussian").claims)
+    claim, free = DDCAdam(pair(), likelihood="gaussian").claims
+    assert free.gauge.group == "S_5" and "units alike" in free.treatment
     assert str(claim) == "rescaling: 0 -> 2 (R_>0)^5: pair step per unit"
     assert str(replace(claim, note="so")) == str(claim) + " (so)"
 
