@@ -125,8 +125,8 @@ def placements(how: str, p: Tensor, number: int) -> tuple[tuple[int, ...], list[
     if how == "mesh":  # every pair of ways in turn, on two dimensions
         pairs = [(a, b) for a in ways for b in ways if a.is_replicate() or a != b]
         return (size // 2, 2), list(pairs[number % len(pairs)])
-    if how == "mixed":
-        return (size,), [ways[number % len(ways)]]
+    if how.startswith("mixed"):
+        return (size,), [ways[(number + ("from 1" in how)) % len(ways)]]
     if how == "replicate" or p.ndim == 0:
         return (size,), [Replicate()]
     return (size,), [Shard(min(int(how[-1]), p.ndim - 1))]
@@ -203,8 +203,8 @@ def run_job(job: dict[str, Any]) -> None:
 
     Args:
         job: "model" (of :data:`MODELS`), "how" ("fully_shard", "fully_shard per layer", "shard 0",
-            "shard 1", "replicate", "mixed", "mesh"), "dtype", "steps", "options", "bound";
-            "checkpoint": go on from a state that went through torch.distributed.checkpoint;
+            "shard 1", "replicate", "mixed", "mixed from 1", "mesh"), "dtype", "steps", "options",
+            "bound"; "checkpoint": go on from a state that went through torch.distributed.checkpoint;
             "rounding": compare nothing but the copies of bf16 parameters on the processes.
     """
     if job.get("rounding"):
@@ -248,7 +248,7 @@ def same_copies(job: dict[str, Any]) -> None:
     model, x, gauges = made(job["model"], torch.bfloat16)
     start = copy.deepcopy(model)
     parameters = spread(model, job["how"])
-    opt = DDCAdam(parameters, lr=1e-4, gauges=gauges, stochastic_rounding=True)
+    opt = DDCAdam(parameters, lr=5e-4, gauges=gauges, stochastic_rounding=True)
     for _ in range(4):
         give_gradients(model, x, parameters)
         opt.step()
