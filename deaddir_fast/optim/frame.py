@@ -97,9 +97,10 @@ class _Level:
             sums.
         further: number of these places.
         added: over which process groups which of these places are added up.
-        gather: (units, k): places of a unit's sums, the end where there are fewer.
+        gather: (n, k) places of the sums of the n units that have k; behind them all the
+            units in order among these.
         count: (units,) entries per unit.
-        power: (units,): scale = mean square ** power.
+        power: (units,): scale = mean square ** power; None where it is 1/2 for all.
         start, stop: places of the units among all.
     """
 
@@ -110,9 +111,9 @@ class _Level:
     target: Tensor
     further: int
     added: list[tuple[list[Any], slice]]
-    gather: Tensor
+    gather: tuple[list[Tensor], Tensor]
     count: Tensor
-    power: Tensor
+    power: Tensor | None
     start: int
     stop: int
 
@@ -242,7 +243,7 @@ class Frame:
             powers.append(torch.full((found.count,), 0.5 / slots[0].exponent, dtype=self.dtype))
             counts.append(most)
         power = torch.cat(powers)
-        gather = _by_unit(torch.cat(units), torch.cat(places), power.numel(), length + further)
+        gather, order = _by_unit(torch.cat(units), torch.cat(places), power.numel())
         none = [torch.zeros(0, dtype=torch.long)]
         return _Level(
             reads,
@@ -252,9 +253,9 @@ class Frame:
             torch.cat(target or none).to(self.device),
             further,
             added,
-            gather.to(self.device),
+            ([g.to(self.device) for g in gather], order.to(self.device)),
             torch.cat(counts).clamp(min=1).to(self.device, self.dtype),
-            power.to(self.device),
+            None if bool((power == 0.5).all()) else power.to(self.device),
             first,
             first + power.numel(),
         )
@@ -280,9 +281,11 @@ class Frame:
                     for group in groups:
                         torch.distributed.all_reduce(added[where], group=group)
                 sums = torch.cat([sums, added])
-            padded = torch.cat([sums, sums.new_zeros(1)])
-            mean = padded[level.gather].sum(1) / level.count
-            out[level.start : level.stop] = torch.where(mean > 0, mean, 1) ** level.power
+            gather, order = level.gather
+            mean = torch.cat([sums[g].sum(1) for g in gather])[order] / level.count
+            mean = torch.where(mean > 0, mean, 1)
+            root = mean.sqrt() if level.power is None else mean**level.power
+            out[level.start : level.stop] = root
         return out
 
     def _sums(self, level: _Level, matrices: Sequence[Tensor], scales: Tensor) -> Tensor:
@@ -346,15 +349,21 @@ def _placed(table: tuple[_Table, list[int]], scales: Tensor, count: int) -> list
     return out
 
 
-def _by_unit(units: Tensor, places: Tensor, count: int, end: int) -> Tensor:
-    """(count, k): the places of each unit in a row, filled up with ``end``."""
-    order = torch.argsort(units, stable=True)
-    units, places = units[order], places[order]
+def _by_unit(units: Tensor, places: Tensor, count: int) -> tuple[list[Tensor], Tensor]:
+    """Places of each unit in a row, for the units that have equally many of them.
+
+    Returns:
+        [(n, k)] with n units of k places each, and (count,) the row of every unit among all rows.
+    """
+    places = places[torch.argsort(units, stable=True)]
     number = torch.bincount(units, minlength=count)
-    column = torch.arange(units.numel()) - (number.cumsum(0) - number)[units]
-    out = torch.full((count, max(1, int(number.max()) if count else 1)), end)
-    out[units, column] = places
-    return out
+    start = number.cumsum(0) - number
+    gather, members = [], []
+    for k in torch.unique(number).tolist():
+        chosen = torch.nonzero(number == k).flatten()
+        gather.append(places[start[chosen, None] + torch.arange(k)])
+        members.append(chosen)
+    return gather, torch.argsort(torch.cat(members))
 
 
 def _ordered(units: Sequence[Units]) -> tuple[list[tuple[Units, list[Slot], int]], list[Units]]:
