@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from deaddir_fast.gauge import find
 from deaddir_fast.gauge.base import Gauge
+from deaddir_fast.gauge.rescaling import Rescaling, Slot
 from deaddir_fast.optim import DDCAdam, claims
 
 F64 = torch.float64
@@ -57,9 +58,27 @@ class Experts(nn.Module):
         self.down = nn.Parameter(torch.randn(count, 5, 3) / 2)
 
     def forward(self, x: Tensor) -> Tensor:
-        hidden = torch.relu(x.expand(self.up.shape[0], *x.shape) @ self.up)
-        weight = self.router(x).softmax(-1)
-        return ((hidden @ self.down) * weight.T[..., None]).sum(0)
+        weight = 3 * self.router(x).softmax(-1)
+        experts = zip(self.up, self.down, weight.unbind(-1), strict=True)
+        return sum(w[:, None] * (torch.relu(x @ up) @ down) for up, down, w in experts)
+
+
+def units_of(model: Experts) -> list[Gauge]:
+    """The rescaling of every hidden unit of every expert."""
+    count, _, hidden = model.up.shape
+    number = count * hidden
+    place = torch.arange(number)[:, None]
+    slots = (Slot("up", 2, place, number, 1, (0,)), Slot("down", 1, place, number, -1, (0,)))
+    gauge = Rescaling(
+        name="rescaling: up -> down",
+        group=f"(R_>0)^{number}",
+        parameters=("up", "down"),
+        shape=(number,),
+        likelihood=None,
+        slots=slots,
+        positive=True,
+    )
+    return [gauge]
 
 
 def mlp(*sizes: int) -> nn.Sequential:
@@ -97,7 +116,7 @@ def made(name: str, dtype: torch.dtype) -> tuple[nn.Module, Tensor, list[Gauge]]
     x = torch.randn(shape, generator=torch.Generator().manual_seed(4), dtype=F64)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        gauges = find(model, x)
+        gauges = units_of(model) if isinstance(model, Experts) else find(model, x)
     return model.to(dtype), x.to(dtype), gauges
 
 
@@ -125,8 +144,10 @@ def placements(how: str, p: Tensor, number: int) -> tuple[tuple[int, ...], list[
     if how == "mesh":  # every pair of ways in turn, on two dimensions
         pairs = [(a, b) for a in ways for b in ways if a.is_replicate() or a != b]
         return (size // 2, 2), list(pairs[number % len(pairs)])
-    if how.startswith("mixed"):
-        return (size,), [ways[(number + ("from 1" in how)) % len(ways)]]
+    if how == "mixed":
+        return (size,), [ways[number % len(ways)]]
+    if how == "experts":  # stacks are dealt out, all else is copied
+        return (size,), [Shard(0) if p.ndim > 2 else Replicate()]
     if how == "replicate" or p.ndim == 0:
         return (size,), [Replicate()]
     return (size,), [Shard(min(int(how[-1]), p.ndim - 1))]
@@ -203,8 +224,9 @@ def run_job(job: dict[str, Any]) -> None:
 
     Args:
         job: "model" (of :data:`MODELS`), "how" ("fully_shard", "fully_shard per layer", "shard 0",
-            "shard 1", "replicate", "mixed", "mixed from 1", "mesh"), "dtype", "steps", "options",
-            "bound"; "checkpoint": go on from a state that went through torch.distributed.checkpoint;
+            "shard 1", "replicate", "experts", "mixed", "mesh"), "dtype", "steps", "options",
+            "bound";
+            "checkpoint": go on from a state that went through torch.distributed.checkpoint;
             "rounding": compare nothing but the copies of bf16 parameters on the processes.
     """
     if job.get("rounding"):
