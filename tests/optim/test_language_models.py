@@ -65,9 +65,9 @@ def mixtral() -> nn.Module:
     return transformers.MixtralForCausalLM(config)
 
 
-# What is claimed, counted by treatment (gauges of dimension zero apart):
-# norm scales (in pairs, where their readers meet nothing else), up to down and experts in the frame; heads (queries with keys, values with outputs)
-# share moments; key biases stay; an untied head is shifted.
+# What is claimed, counted by treatment (gauges of dimension zero apart): norm scales (in pairs,
+# where their readers meet nothing else), up to down and experts in the frame; heads (queries with
+# keys, values with outputs) share moments; key biases stay; an untied head is shifted.
 CASES: dict[str, tuple[Any, dict[str, int]]] = {
     "llama": (llama, {FRAME: 4, SHARED: 2, SHIFT: 1}),
     "llama, tied": (lambda: llama(tie_word_embeddings=True), {FRAME: 3, SHARED: 2}),
