@@ -40,8 +40,16 @@ def examine() -> dict[str, Any]:
         "extension": dict(extension.build_info()) if extension is not None else None,
         "extension_missing": _native.why_not,
         "unavailable": {route: unavailable(route) for route in ("reference", "cpu", "triton")},
-        # in-place variants (a trailing underscore) run on the kernels of their plain forms
-        "operations": {name: row for name, row in routes().items() if not name.endswith("_")},
+        "operations": _by_function(routes()),
+    }
+
+
+def _by_function(rows: dict[str, Any]) -> dict[str, Any]:
+    """One row per public function: a form that writes in place runs on the plain one's kernels."""
+    return {
+        name.removesuffix("_"): row
+        for name, row in rows.items()
+        if not name.endswith("_") or name.removesuffix("_") not in rows
     }
 
 
