@@ -29,7 +29,7 @@ from torch import Tensor
 
 from deaddir_fast.gauge.rescaling import Slot
 from deaddir_fast.ops._blocks import accumulation
-from deaddir_fast.ops.scaled_squares import scaled_squares
+from deaddir_fast.ops._dispatch import call
 from deaddir_fast.optim.claims import Units
 from deaddir_fast.optim.layout import COLS, ROWS, Layout, shard_groups
 
@@ -300,7 +300,7 @@ class Frame:
             factor = [None if (f := across[r]) is None else f.to(work) for r in chosen]
             rows = [f if side == COLS else None for f, side in zip(factor, sides, strict=True)]
             cols = [f if side == ROWS else None for f, side in zip(factor, sides, strict=True)]
-            sums = scaled_squares(ws, rows, cols, sides).to(self.dtype)
+            sums = call("scaled_squares", ws, rows, cols, sides).to(self.dtype)
             lengths = [w.shape[side] for w, side in zip(ws, sides, strict=True)]
             for r, part in zip(chosen, sums.split(lengths), strict=True):
                 parts[r] = part

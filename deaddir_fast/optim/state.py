@@ -146,7 +146,8 @@ class Matrices:
 
 def addresses(p: Tensor, state: dict[str, Any]) -> tuple[int, ...]:
     """What the matrices of a parameter depend on."""
-    return tuple(local(t).data_ptr() for t in (p, state["exp_avg"], state["exp_avg_sq"]))
+    parts = (p, state["exp_avg"], state["exp_avg_sq"])
+    return tuple(local(t).data_ptr() if spread(t) else t.data_ptr() for t in parts)
 
 
 def matrices(p: Tensor, state: dict[str, Any], entries: list[Entry]) -> Matrices:

@@ -12,8 +12,8 @@ from torch import Tensor
 from deaddir_fast.nets.sharded import spread
 from deaddir_fast.ops._adam import hyper as hyper_parameters
 from deaddir_fast.ops._blocks import accumulation
+from deaddir_fast.ops._dispatch import call
 from deaddir_fast.ops.scaled_adam import scaled_adam
-from deaddir_fast.ops.shared_adam import shared_adam
 from deaddir_fast.optim import blocks as blocked
 from deaddir_fast.optim.balance import constants
 from deaddir_fast.optim.blocks import Blocks
@@ -79,34 +79,14 @@ class Stepper:
         for name in active:
             if name not in self.plan.in_blocks:
                 self._collect(name, held[name], factors, hypers, calls)
-        for (_, _, _, grouped, _), call in calls.items():
-            ws, gs, ms, vs, rows, cols, row_groups, col_groups = call.lists
+        for (_, _, _, grouped, _), each in calls.items():
+            ws, gs, ms, vs, rows, cols, row_groups, col_groups = each.lists
+            # Past the checks of the public functions: these lists were made to fit.
+            last = (each.hyper, each.maximize, each.seed)
             if grouped:
-                shared_adam(
-                    ws,
-                    gs,
-                    ms,
-                    vs,
-                    rows,
-                    cols,
-                    row_groups,
-                    col_groups,
-                    call.hyper,
-                    maximize=call.maximize,
-                    seed=call.seed,
-                )
+                call("shared_adam_", ws, gs, ms, vs, rows, cols, row_groups, col_groups, *last)
             else:
-                scaled_adam(
-                    ws,
-                    gs,
-                    ms,
-                    vs,
-                    rows,
-                    cols,
-                    call.hyper,
-                    maximize=call.maximize,
-                    seed=call.seed,
-                )
+                call("scaled_adam_", ws, gs, ms, vs, rows, cols, *last)
         for number, block in enumerate(self.plan.blocks):
             if block.anchor in held:
                 self._take_block(number, block, held, groups, hypers, state)
@@ -259,11 +239,10 @@ class Stepper:
             # Random bits go by the place in a list: processes that hold the same shard need the
             # same list, whatever else they hold.
             key = (where, p.device, p.dtype, entry.groups is not None, _spread_over(p))
-            call = calls.get(key)
-            if call is None:
-                call = _Call(hyper, hypers.maximize(name), seed)
-                calls[key] = call
-            call.add(w, g, m, v, row, col, entry.row_groups, entry.col_groups)
+            each = calls.get(key)
+            if each is None:
+                each = calls[key] = _Call(hyper, hypers.maximize(name), seed)
+            each.add(w, g, m, v, row, col, entry.row_groups, entry.col_groups)
 
     def _take_block(
         self,
@@ -340,7 +319,7 @@ def _gradient(p: Tensor, layout: Layout) -> Tensor:
         return torch.zeros(layout.rows, layout.cols, dtype=p.dtype, device=p.device)
     if spread(p) and spread(g) and g.placements != p.placements:  # type: ignore[attr-defined]
         g = g.redistribute(placements=p.placements)  # type: ignore[attr-defined]
-    return layout.matrix(g)
+    return layout.matrix(g if g.dtype == p.dtype else g.to(p.dtype))
 
 
 class _Hypers:
