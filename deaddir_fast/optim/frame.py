@@ -8,8 +8,9 @@ so that W -> c_j W / c_i gives phi_j -> c_j phi_j exactly: W phi_i / phi_j and g
 invariants of all rescalings at once, however they overlap. In general a unit's scale is the root
 mean square, over the entries of an axis it owns, of the norms of what its writers hold there, in
 the frame of what they read; gauges are taken in an order in which that frame is known. Writers
-that would need their own scale (a layer used twice) are left out; a gauge none of whose writers
-can be used takes the inverse norms of its readers. A scale that would be zero is read as 1: a unit
+that would need their own scale (a layer used twice) are left out, and so are parameters that a
+class shift or a softmax may shift (key biases); a gauge none of whose writers can be used takes the
+inverse norms of its readers. A scale that would be zero is read as 1: a unit
 whose writers all vanish lies outside the chart, and is stepped as AdamW would.
 
 Each gauge further has one constant (``balance.py``), fixed at the first step.
@@ -20,7 +21,7 @@ choice.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -125,13 +126,14 @@ class Frame:
         units: of the gauges.
         matrices: all matrices of all parameters they touch.
         parameters: name to parameter; all of these on one device.
+        unread: names of parameters that a symmetry of another kind shifts: a scale that read
+            them would not be blind to it.
 
     Attributes:
         order: the units in the order of their places among all scales.
         gauge_of: (units,) long: the number of their gauge in this order.
         dropped: gauges none of whose writers or readers can be read.
         framed: numbers of the matrices with factors; whether rows and columns have them.
-        read: names of the parameters whose values the frame depends on.
     """
 
     def __init__(
@@ -139,6 +141,7 @@ class Frame:
         units: Sequence[Units],
         matrices: Sequence[Layout],
         parameters: Mapping[str, Tensor],
+        unread: Collection[str] = (),
     ) -> None:
         self._matrices = list(matrices)
         self._parameters = parameters
@@ -147,7 +150,7 @@ class Frame:
         wide = any(p.dtype == torch.float64 for p in touched)
         self.dtype = torch.float64 if wide else torch.float32
         self.device = touched[0].device if touched else torch.device("cpu")
-        plan, self.dropped = _ordered(units)
+        plan, self.dropped = _ordered(units, unread)
         self.order = [found for found, _, _ in plan]
         self._depth = {id(found): level for found, _, level in plan}
         self._offset: dict[int, int] = {}
@@ -157,7 +160,6 @@ class Frame:
             self.total += found.count
         counts = torch.tensor([found.count for found in self.order], dtype=torch.long)
         self.gauge_of = torch.arange(len(self.order)).repeat_interleave(counts).to(self.device)
-        self.read = frozenset(s.parameter for _, slots, _ in plan for s in slots)
         self._levels = [
             self._level([(f, slots) for f, slots, level in plan if level == depth], depth)
             for depth in sorted(set(self._depth.values()))
@@ -170,11 +172,6 @@ class Frame:
                 self.framed.append((n, bool(rows.terms), bool(cols.terms)))
                 vectors += [v for v in (rows, cols) if v.terms]
         self._table = _Table(vectors, self.total, self.device)
-
-    def range_of(self, found: Units) -> slice:
-        """The places of a gauge's units among all scales."""
-        start = self._offset[id(found)]
-        return slice(start, start + found.count)
 
     def _vector(self, layout: Layout, side: int, *, below: int | None = None) -> _Vector:
         """Factors along one side of a matrix; inverse ones of lower levels if ``below``."""
@@ -366,7 +363,9 @@ def _by_unit(units: Tensor, places: Tensor, count: int) -> tuple[list[Tensor], T
     return gather, torch.argsort(torch.cat(members))
 
 
-def _ordered(units: Sequence[Units]) -> tuple[list[tuple[Units, list[Slot], int]], list[Units]]:
+def _ordered(
+    units: Sequence[Units], unread: Collection[str]
+) -> tuple[list[tuple[Units, list[Slot], int]], list[Units]]:
     """Gauges in an order in which each one's writers are framed, with the slots to read, level.
 
     Returns:
@@ -388,7 +387,7 @@ def _ordered(units: Sequence[Units]) -> tuple[list[tuple[Units, list[Slot], int]
         return all(id(o) in ready for o in others(slot, found))
 
     def usable(found: Units, sign: int) -> list[Slot]:
-        slots = [s for s in found.slots if sign * s.exponent > 0]
+        slots = [s for s in found.slots if sign * s.exponent > 0 and s.parameter not in unread]
         if slots:
             least = min(abs(s.exponent) for s in slots)
             slots = [s for s in slots if abs(s.exponent) == least]

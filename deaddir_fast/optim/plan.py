@@ -99,14 +99,14 @@ def make(treatment: Treatment, parameters: Mapping[str, Tensor], stepped: Sequen
         here = [f for f in framed if parameters[f.slots[0].parameter].device == device]
         names = [n for n in parameters if n in {s.parameter for f in here for s in f.slots}]
         chosen = [layout for n in names for layout in read[n]]
-        frame = Frame(here, chosen, parameters)
+        frame = Frame(here, chosen, parameters, {*treatment.shifted, *treatment.still})
         dropped += frame.dropped
         places = {(layout.name, layout.index): n for n, layout in enumerate(chosen)}
         parts.append(FramePart(frame, names, chosen, places))
     gone = {id(f.gauge) for f in dropped}
     kept = [f for f in framed if id(f.gauge) not in gone]
     claims = tuple(
-        Claim(c.gauge, NONE, "its scale needs itself") if id(c.gauge) in gone else c
+        Claim(c.gauge, NONE, "nothing is left to read its scale from") if id(c.gauge) in gone else c
         for c in treatment.claims
     )
     entries = {

@@ -179,3 +179,16 @@ def normed() -> nn.Sequential:
         nn.RMSNorm(3),
         nn.Linear(3, 2),
     )
+
+
+class KeysFirst(nn.Module):
+    """Attention whose keys are computed before the queries: their bias writes the shared units."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.k, self.q, self.v, self.o = (nn.Linear(6, 6) for _ in range(4))
+
+    def forward(self, x: Tensor) -> Tensor:
+        k, q, v = (f(x).unflatten(-1, (2, 3)).transpose(1, 2) for f in (self.k, self.q, self.v))
+        weights = torch.softmax(q @ k.mT / 3**0.5, -1)
+        return self.o((weights @ v).transpose(1, 2).flatten(2))

@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from gauge.models import (
     Attention,
     Gated,
+    KeysFirst,
     Residual,
     Shared,
     TiedHead,
@@ -73,6 +74,12 @@ CASES: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...], str, list[str]]
     "shared layer": (Shared, (64, 4), "regression", [FRAME]),
     "deep linear": (deep_linear, (64, 4), "regression", [SHARED, SHARED]),
     "attention": (Attention, (16, 5, 6), "regression", [SHARED, SHARED, STILL, NONE]),
+    "attention, keys first": (
+        KeysFirst,
+        (16, 5, 6),
+        "regression",
+        [SHARED, SHARED, STILL, NONE],
+    ),
     "convolutions": (conv_net, (32, 1, 8, 8), "classes", [PAIR, NONE, FRAME, FRAME, SHIFT]),
     "tied head": (lambda: TiedHead(F.relu), (), "tokens", [FRAME]),
 }  # fmt: skip
