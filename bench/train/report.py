@@ -18,6 +18,7 @@ from typing import Any
 import matplotlib
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
 from bench import results
 from deaddir_fast.scan.plots import CHAIN_COLOURS, STYLE
@@ -154,7 +155,10 @@ def _curves(ax: Axes, content: dict[str, Any], problem: str) -> None:
             label = f"{row['optimizer']}, {row['lr']:g}" if k == 0 else None
             ax.plot(steps, _plottable(curve, "train"), color=colour, lw=1.2, label=label)
             ax.plot(steps, _plottable(curve, "held"), color=colour, lw=0.8, ls=":")
-    ax.set(title=problem, xlabel="step", yscale="log")
+    ax.set(title=problem, xlabel="step", ylabel="loss (dotted: held out)", yscale="log")
+    ax.yaxis.set_major_locator(LogLocator(subs=(1, 2, 3, 5)))
+    ax.yaxis.set_major_formatter(FuncFormatter(lambda y, _: f"{y:g}"))
+    ax.yaxis.set_minor_formatter(NullFormatter())
     ax.legend(frameon=False, fontsize=8)
 
 
@@ -200,7 +204,9 @@ def figure(content: dict[str, Any]) -> Figure:
             "readable layers, share",
             lambda r: r["scan"]["readable"] / r["scan"]["layers"] if r["scan"] else nan,
         )
-        panels[0].legend(frameon=False, fontsize=8)
+        # Over the bars, in room made for it.
+        panels[0].set_ylim(top=1.5 * panels[0].get_ylim()[1])
+        panels[0].legend(frameon=False, fontsize=8, ncols=2, loc="upper left")
         made.canvas.draw()
     return made
 

@@ -39,19 +39,17 @@ class Entry:
 
 @dataclass
 class FramePart:
-    """The frame of the parameters on one device, and their places in it.
+    """The frame of the parameters on one device.
 
     Attributes:
         frame: the scales.
         names: of its parameters, the same on all processes.
         layouts: its matrices.
-        places: {(parameter, slice): number of the matrix}.
     """
 
     frame: Frame
     names: list[str]
     layouts: list[Layout]
-    places: dict[tuple[str, int | None], int]
 
 
 @dataclass
@@ -101,8 +99,7 @@ def make(treatment: Treatment, parameters: Mapping[str, Tensor], stepped: Sequen
         chosen = [layout for n in names for layout in read[n]]
         frame = Frame(here, chosen, parameters, {*treatment.shifted, *treatment.still})
         dropped += frame.dropped
-        places = {(layout.name, layout.index): n for n, layout in enumerate(chosen)}
-        parts.append(FramePart(frame, names, chosen, places))
+        parts.append(FramePart(frame, names, chosen))
     gone = {id(f.gauge) for f in dropped}
     kept = [f for f in framed if id(f.gauge) not in gone]
     claims = tuple(

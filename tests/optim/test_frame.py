@@ -26,12 +26,16 @@ def part_of(model: nn.Module, gauges: list[Any]) -> FramePart:
     return plan.parts[0]
 
 
+def number_of(part: FramePart, name: str) -> int:
+    return next(n for n, layout in enumerate(part.layouts) if layout.name == name)
+
+
 def scales(part: FramePart, state: dict[str, Tensor]) -> Tensor:
     return part.frame.scales([layout.matrix(state[layout.name]) for layout in part.layouts])
 
 
 def factor(part: FramePart, state: dict[str, Tensor], name: str) -> tuple[Any, Any]:
-    number = part.places[name, None]
+    number = number_of(part, name)
     found = {n: (r, c) for n, r, c in part.frame.factors(scales(part, state))}
     return found[number]
 
@@ -120,7 +124,7 @@ def test_scales_move_with_the_group(build: Any) -> None:
 
 
 def _in_frame(part: FramePart, state: dict[str, Tensor], name: str) -> Tensor:
-    number = part.places[name, None]
+    number = number_of(part, name)
     w = part.layouts[number].matrix(state[name])
     for n, row, col in part.frame.factors(scales(part, state)):
         if n == number:
